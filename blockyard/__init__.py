@@ -1,0 +1,1 @@
+"""Blockyard: what users touch (client, command line, local launcher)."""

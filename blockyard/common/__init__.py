@@ -1,0 +1,1 @@
+"""What both services share: protocol constants, channel options, logging, settings base."""

@@ -1,0 +1,37 @@
+"""Channel and server options of every gRPC endpoint, in one place."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_MIB = 1 << 20
+
+Options = list[tuple[str, int]]
+
+LINK_OPTIONS: Final[Options] = [
+    # Internal links carry whole prompts of many requests in one frame.
+    ("grpc.max_receive_message_length", 256 * _MIB),
+    ("grpc.max_send_message_length", 256 * _MIB),
+    ("grpc.so_reuseport", 0),
+    # Peers come back within a second of a restart; do not back off for minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+"""For engine <-> executor and front end <-> engine, both sides."""
+
+
+def public_server_options(max_request_bytes: int, *, reuse_port: bool) -> Options:
+    """Options of a front end's public server.
+
+    Args:
+        max_request_bytes: larger requests get RESOURCE_EXHAUSTED from gRPC itself.
+        reuse_port: several front ends share the port; without it a port clash must fail.
+    """
+    return [
+        ("grpc.max_receive_message_length", max_request_bytes),
+        ("grpc.so_reuseport", int(reuse_port)),
+        ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]

@@ -1,0 +1,1 @@
+"""The executor service: a pool of KV blocks and a model, driven by step plans."""

@@ -1,0 +1,1 @@
+"""The scheduler service: block mapping, admission, preemption, front ends. CPU only."""

@@ -1,0 +1,1 @@
+"""Public gRPC front end: validation, tokenising, stream fan-out."""
