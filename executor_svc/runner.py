@@ -25,6 +25,10 @@ LAST_SAMPLED = -1
 """In StepBatch.token_ids: the input is the row's last sampled token, which is on the device."""
 
 
+class FatalDeviceError(Exception):
+    """The device is lost to this process (a sticky CUDA error, say): only a new process helps."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunnerInfo:
     """What a runner is and holds; the fields of DescribeResponse with the same names."""
@@ -75,7 +79,10 @@ class PendingStep(Protocol):
     """A launched step."""
 
     def wait(self) -> StepOutputs:
-        """Block until the results are on the host. Called once, on the completion thread."""
+        """Block until the results are on the host. Called once, on the completion thread.
+
+        Raises FatalDeviceError if the device is lost; any other exception ends the epoch.
+        """
 
 
 class Runner(Protocol):
@@ -86,11 +93,13 @@ class Runner(Protocol):
         """Constant for the runner's life."""
 
     def reset(self) -> None:
-        """Forget all rows: a new epoch. Blocks need not be cleared."""
+        """Forget all rows: a new epoch. Blocks need not be cleared. No step is under way."""
 
     def launch(self, plan: Plan, state: RowState, batch: StepBatch) -> PendingStep:
         """Move the plan's blocks (swap_out, copy, swap_in), then run the batch and sample.
 
         `state` already holds the plan's rows, tables and sampling parameters. Launches are
         ordered: a step sees everything that earlier ones wrote. Must not wait for results.
+        `state` changes when launch has returned; what the step needs later must be copied from it.
+        An empty batch still moves blocks. Raises as PendingStep.wait does.
         """

@@ -1,0 +1,1 @@
+"""Importing models into the local store, and finding them there."""

@@ -1,0 +1,166 @@
+"""Form checks of a GenerateRequest, before anything is queued. Pure functions.
+
+What needs the queue or the pool is checked by the engine, which answers with a Rejection.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+
+from blockyard.common.model_dir import SamplingDefaults
+from blockyard.v1 import generate_pb2 as pb
+
+MAX_REQUEST_ID_CHARACTERS: Final = 128
+MAX_STOP_STRINGS: Final = 16
+MAX_STOP_TOKEN_IDS: Final = 256
+MAX_TEMPERATURE: Final = 100.0
+SEED_BITS: Final = 63
+ROLES: Final = frozenset({"system", "user", "assistant"})
+
+
+class RequestError(Exception):
+    """A request ends with this status; the message goes to the client."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Resolved sampling: the request's values, the model's defaults for the rest."""
+
+    temperature: float
+    top_k: int  # 0: off
+    top_p: float  # 1: off
+    min_p: float  # 0: off
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """Resolved stop conditions."""
+
+    max_tokens: int  # 0: what fits
+    strings: tuple[str, ...]
+    token_ids: tuple[int, ...]  # with the model's end-of-sequence ids unless ignored
+
+
+def invalid(message: str) -> RequestError:
+    """An INVALID_ARGUMENT error; the message names the field."""
+    return RequestError(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+def check_request_id(request: pb.GenerateRequest) -> str:
+    """The client's request id, or a new one. Raises RequestError."""
+    request_id = request.request_id
+    if len(request_id) > MAX_REQUEST_ID_CHARACTERS or not request_id.isprintable():
+        raise invalid(
+            f"request_id must be at most {MAX_REQUEST_ID_CHARACTERS} printable characters"
+        )
+    return request_id or uuid.uuid4().hex
+
+
+def check_input(request: pb.GenerateRequest, vocab_size: int) -> None:
+    """Exactly one input, not empty, well formed. Raises RequestError."""
+    kind = request.WhichOneof("input")
+    if kind is None:
+        raise invalid("one of prompt, token_ids, chat must be set")
+    if kind == "prompt" and not request.prompt:
+        raise invalid("prompt is empty")
+    if kind == "token_ids":
+        _check_token_ids("token_ids", request.token_ids.ids, vocab_size)
+        if not request.token_ids.ids:
+            raise invalid("token_ids is empty")
+    if kind == "chat":
+        _check_chat(request.chat)
+
+
+def check_sampling(params: pb.SamplingParams, defaults: SamplingDefaults) -> Sampling:
+    """Ranges, and defaults for what is not set. Raises RequestError."""
+    temperature = _set_or(params, "temperature", defaults.temperature)
+    top_p = _set_or(params, "top_p", defaults.top_p)
+    min_p = _set_or(params, "min_p", defaults.min_p)
+    if not (math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE):
+        raise invalid(f"sampling.temperature must be in [0, {MAX_TEMPERATURE:g}]: {temperature}")
+    if not 0 < top_p <= 1:
+        raise invalid(f"sampling.top_p must be in (0, 1]: {top_p}")
+    if not 0 <= min_p <= 1:
+        raise invalid(f"sampling.min_p must be in [0, 1]: {min_p}")
+    return Sampling(
+        temperature=temperature,
+        top_k=params.top_k if params.HasField("top_k") else defaults.top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=params.seed if params.HasField("seed") else secrets.randbits(SEED_BITS),
+    )
+
+
+def check_stopping(
+    request: pb.GenerateRequest, eos_token_ids: tuple[int, ...], vocab_size: int
+) -> Stopping:
+    """Stop conditions. Raises RequestError."""
+    stop = request.stop
+    if stop.HasField("max_tokens") and stop.max_tokens == 0:
+        raise invalid("stop.max_tokens must be at least 1")
+    if len(stop.strings) > MAX_STOP_STRINGS:
+        raise invalid(f"stop.strings has {len(stop.strings)} entries, limit {MAX_STOP_STRINGS}")
+    if not all(stop.strings):
+        raise invalid("stop.strings has an empty entry")
+    if stop.strings and request.skip_text:
+        raise invalid("stop.strings needs text, which skip_text turns off")
+    if len(stop.token_ids) > MAX_STOP_TOKEN_IDS:
+        raise invalid(
+            f"stop.token_ids has {len(stop.token_ids)} entries, limit {MAX_STOP_TOKEN_IDS}"
+        )
+    _check_token_ids("stop.token_ids", stop.token_ids, vocab_size)
+    token_ids = dict.fromkeys(stop.token_ids)
+    if not stop.ignore_eos:
+        token_ids |= dict.fromkeys(eos_token_ids)
+    return Stopping(stop.max_tokens, tuple(stop.strings), tuple(token_ids))
+
+
+def check_length(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+    """Prompt and output must fit together; `max_tokens` 0 asks for one token at least."""
+    if num_prompt_tokens == 0:
+        raise invalid("the prompt has no tokens")
+    if num_prompt_tokens >= max_model_len:
+        raise invalid(
+            f"the prompt has {num_prompt_tokens} tokens; prompt and output together may have "
+            f"{max_model_len}, and at least one is output"
+        )
+    if num_prompt_tokens + max_tokens > max_model_len:
+        raise invalid(
+            f"prompt ({num_prompt_tokens} tokens) + stop.max_tokens ({max_tokens}) = "
+            f"{num_prompt_tokens + max_tokens}, more than the {max_model_len} that fit"
+        )
+
+
+def _set_or(params: pb.SamplingParams, field: str, default: float) -> float:
+    value: float = getattr(params, field)
+    return value if params.HasField(field) else default
+
+
+def _check_token_ids(field: str, token_ids: Collection[int], vocab_size: int) -> None:
+    # Unsigned on the wire, so only the upper end can be wrong.
+    largest = max(token_ids, default=0)
+    if largest >= vocab_size:
+        raise invalid(f"{field} holds {largest}; the vocabulary has {vocab_size} ids")
+
+
+def _check_chat(chat: pb.ChatMessages) -> None:
+    if not chat.messages:
+        raise invalid("chat.messages is empty")
+    for index, message in enumerate(chat.messages):
+        if message.role not in ROLES:
+            raise invalid(
+                f"chat.messages[{index}].role must be one of {', '.join(sorted(ROLES))}: "
+                f"{message.role[:32]!r}"
+            )
