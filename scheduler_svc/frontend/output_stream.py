@@ -24,7 +24,7 @@ from scheduler_svc.frontend.validation import RequestError
 class Ending:
     """Why the output is complete."""
 
-    reason: pb.FinishReason
+    reason: pb.FinishReason.ValueType
     stop_token_id: int | None = None
     stop_string: str | None = None
 
@@ -85,13 +85,8 @@ class OutputStream:
 
     @property
     def is_open(self) -> bool:
-        """Whether more tokens are wanted."""
+        """Whether more tokens are wanted; the engine still works on the request."""
         return self._ending is None and self._error is None
-
-    @property
-    def is_engine_done(self) -> bool:
-        """Whether the engine needs no abort: it finished, refused or lost the request."""
-        return self._usage is not None or self._error is not None
 
     @property
     def waits_for_usage(self) -> bool:
@@ -130,8 +125,9 @@ class OutputStream:
         self.ready.set()
 
     def fail(self, code: grpc.StatusCode, message: str) -> None:
-        """End with an error, unless it has ended; what was not taken is dropped."""
-        if self.is_engine_done:
+        """End with an error; what was not taken is dropped. Complete output stays valid."""
+        if self._ending is not None:
+            self.settle()
             return
         self._error = RequestError(code, message)
         self._token_ids.clear()
@@ -142,6 +138,7 @@ class OutputStream:
         """Give up waiting for the engine's numbers."""
         if self._usage is None:
             self._usage = EngineUsage()
+            self.ready.set()
 
     def take(self) -> Chunk | None:
         """What is new, or None. Raises RequestError if the stream failed."""

@@ -128,7 +128,7 @@ def _load(model: ModelDir) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(model.tokenizer_path))
     # The library raises plain Exception for whatever is wrong with the file.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise ModelDirError(f"{model.tokenizer_path}: cannot be used ({error})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -10,7 +10,7 @@ import secrets
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import grpc
 
@@ -143,7 +143,9 @@ def check_length(num_prompt_tokens: int, max_tokens: int, max_model_len: int) ->
         )
 
 
-def _set_or(params: pb.SamplingParams, field: str, default: float) -> float:
+def _set_or(
+    params: pb.SamplingParams, field: Literal["temperature", "top_p", "min_p"], default: float
+) -> float:
     value: float = getattr(params, field)
     return value if params.HasField(field) else default
 

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -28,17 +30,15 @@ def test_shared_block_is_freed_by_its_last_holder() -> None:
     assert pool.num_used == 0
 
 
-@pytest.mark.parametrize("misuse", ["allocate", "release", "share"])
-def test_misuse_is_caught(misuse: str) -> None:
-    pool = BlockPool(4)
-    free = np.array([2], np.int32)
+FREE = np.array([2], np.int32)
+
+
+@pytest.mark.parametrize(
+    "misuse", [lambda p: p.allocate(4), lambda p: p.release(FREE), lambda p: p.share(FREE)]
+)
+def test_misuse_is_caught(misuse: Callable[[BlockPool], object]) -> None:
     with pytest.raises(AssertionError):
-        if misuse == "allocate":
-            pool.allocate(4)
-        elif misuse == "release":
-            pool.release(free)
-        else:
-            pool.share(free)
+        misuse(BlockPool(4))
 
 
 @pytest.mark.parametrize("seed", range(20))

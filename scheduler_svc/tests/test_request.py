@@ -22,7 +22,7 @@ def make(key: int, **fields: int) -> Request:
     return request
 
 
-@pytest.mark.parametrize(("old", "new"), itertools.product(RequestStatus, RequestStatus))
+@pytest.mark.parametrize(("old", "new"), list(itertools.product(RequestStatus, repeat=2)))
 def test_only_legal_transitions(old: RequestStatus, new: RequestStatus) -> None:
     request = make(1)
     request.status = old

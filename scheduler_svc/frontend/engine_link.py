@@ -1,0 +1,175 @@
+"""The one stream to the engine: connects, reconnects, batches what goes out.
+
+Knows frames and readiness; what output means is the fan-out's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+import grpc.aio
+
+from blockyard.common.grpc_options import LINK_OPTIONS
+from blockyard.common.logs import event
+from blockyard.engine.v1 import engine_pb2 as pb
+from blockyard.engine.v1 import engine_pb2_grpc as pb_grpc
+from scheduler_svc.frontend.fanout import Fanout, Stops
+
+_RETRY_INTERVAL_S: Final = 0.2
+_INCOMPATIBLE_RETRY_INTERVAL_S: Final = 1.0
+
+log = logging.getLogger(__name__)
+
+_Call = grpc.aio.StreamStreamCall[pb.ConnectRequest, pb.ConnectResponse]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loss:
+    """Why a connection ended, and how long to wait before the next."""
+
+    problem: str
+    pause_s: float = _RETRY_INTERVAL_S
+
+
+class EngineLink:
+    """A long-lived stream; `run` keeps it up."""
+
+    def __init__(
+        self,
+        target: str,
+        hello: pb.Hello,
+        fanout: Fanout,
+        on_ready_changed: Callable[[bool], None],
+    ) -> None:
+        """Nothing is connected before `run`.
+
+        Args:
+            target: gRPC address, e.g. unix:/run/engine.sock.
+            hello: the first frame; its model digest must be the engine's.
+            fanout: takes output; its streams fail when the engine is lost.
+            on_ready_changed: called with `is_ready` whenever that changes.
+        """
+        self._target = target
+        self._hello = hello
+        self._fanout = fanout
+        self._on_ready_changed = on_ready_changed
+        self._state: pb.EngineState | None = None
+        self._submits: list[pb.Submit] = []
+        self._stops: Stops = []
+        self._has_outgoing = asyncio.Event()
+        self._last_problem = ""
+
+    @property
+    def state(self) -> pb.EngineState | None:
+        """The engine's state while it is ready and serves our model, else None."""
+        return self._state
+
+    def submit(self, submit: pb.Submit) -> None:
+        """Send a request with this tick's batch. The link must be ready."""
+        assert self._state is not None
+        self._submits.append(submit)
+        self._has_outgoing.set()
+
+    def stop(self, stops: Stops) -> None:
+        """End requests early; forgotten if the link is down, as the engine aborted them then."""
+        if stops and self._state is not None:
+            self._stops.extend(stops)
+            self._has_outgoing.set()
+
+    async def run(self) -> None:
+        """Connect, serve, reconnect, until cancelled."""
+        async with grpc.aio.insecure_channel(self._target, options=LINK_OPTIONS) as channel:
+            stub: pb_grpc.EngineServiceAsyncStub = pb_grpc.EngineServiceStub(channel)
+            while True:
+                loss = await self._serve(stub.Connect())
+                self._lose(loss.problem)
+                await asyncio.sleep(loss.pause_s)
+
+    async def _serve(self, call: _Call) -> _Loss:
+        """One connection, until it breaks."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                sender = group.create_task(self._send(call))
+                loss = await self._receive(call)
+                sender.cancel()
+        finally:
+            call.cancel()
+        return loss
+
+    async def _send(self, call: _Call) -> None:
+        try:
+            await call.write(pb.ConnectRequest(hello=self._hello))
+            while True:
+                await self._has_outgoing.wait()
+                self._has_outgoing.clear()
+                for frame in self._take_frames():
+                    await call.write(frame)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            # The stream broke: the receiving side learns the status.
+            return
+
+    def _take_frames(self) -> list[pb.ConnectRequest]:
+        """What has gathered since the last write. A stop comes after its own submit."""
+        submits, self._submits = self._submits, []
+        stops, self._stops = self._stops, []
+        frames: list[pb.ConnectRequest] = []
+        if submits:
+            frames.append(pb.ConnectRequest(submit=pb.SubmitBatch(submits=submits)))
+        if stops:
+            keys, num_kept = zip(*stops, strict=True)
+            batch = pb.StopBatch(request_ids=keys, num_output_tokens=num_kept)
+            frames.append(pb.ConnectRequest(stop=batch))
+        return frames
+
+    async def _receive(self, call: _Call) -> _Loss:
+        try:
+            async for frame in call:
+                if frame.HasField("output"):
+                    self.stop(self._fanout.apply(frame.output))
+                elif (problem := self._take_state(frame.state)) is not None:
+                    return _Loss(problem, _INCOMPATIBLE_RETRY_INTERVAL_S)
+                # Batches that are already here must not starve the streams' handlers.
+                await asyncio.sleep(0)
+        except grpc.aio.AioRpcError as error:
+            problem = f"{error.code().name}: {error.details()}"
+            is_refused = error.code() == grpc.StatusCode.FAILED_PRECONDITION
+            return _Loss(
+                problem, _INCOMPATIBLE_RETRY_INTERVAL_S if is_refused else _RETRY_INTERVAL_S
+            )
+        return _Loss("the engine closed the stream")
+
+    def _take_state(self, state: pb.EngineState) -> str | None:
+        """Take a state frame; returns why this engine cannot be used, if so."""
+        if state.ready and state.model_digest != self._hello.model_digest:
+            return (
+                f"the engine serves model {state.model_name} with digest {state.model_digest}; "
+                f"this front end has digest {self._hello.model_digest}"
+            )
+        was_ready = self._state is not None
+        self._state = state if state.ready else None
+        if was_ready != state.ready:
+            self._last_problem = ""
+            event(
+                log, "engine ready" if state.ready else "engine not ready", model=state.model_name
+            )
+            self._on_ready_changed(state.ready)
+        return None
+
+    def _lose(self, problem: str) -> None:
+        """The stream is gone, and with it every request on it."""
+        if problem != self._last_problem:
+            self._last_problem = problem
+            log.warning("engine link: %s", problem)
+        was_ready = self._state is not None
+        self._state = None
+        self._submits.clear()
+        self._stops.clear()
+        self._has_outgoing.clear()
+        self._fanout.fail_all(grpc.StatusCode.UNAVAILABLE, "the engine was lost; retry")
+        if was_ready:
+            self._on_ready_changed(False)

@@ -1,0 +1,1 @@
+"""Tests of the front end against an engine that the tests script."""
