@@ -71,5 +71,9 @@ class BatchBuilder:
         plan.num_decode_rows = len(self._decodes)
         plan.num_scheduled_tokens = self._chunks
         plan.sampling_generations = rows.generations[plan.sampling_rows]
-        plan.same_batch = not self._prefills and np.array_equal(self._decodes, last_batch)
+        plan.same_batch = (
+            len(self._decodes) > 0
+            and not self._prefills
+            and np.array_equal(self._decodes, last_batch)
+        )
         return plan

@@ -108,7 +108,9 @@ def test_length_stop_is_foreseen() -> None:
         output = driver.commit()
     assert request.status is RequestStatus.FINISHED_LENGTH
     assert output.finished[0].num_output_tokens == 3
-    assert driver.plan().freed_rows == plans[0].rows.tolist()
+    last = driver.plan()
+    assert last.freed_rows == plans[0].rows.tolist()
+    assert not last.same_batch
 
 
 def test_stop_token_is_one_late_and_the_extra_token_is_dropped() -> None:

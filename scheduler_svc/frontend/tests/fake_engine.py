@@ -27,7 +27,7 @@ class FakeEngine(pb_grpc.EngineServiceServicer):
         self.hellos: list[pb.Hello] = []
         self.submits: asyncio.Queue[pb.Submit] = asyncio.Queue()
         self.stops: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
-        self._contexts: list[Context] = []
+        self._outgoing: list[asyncio.Queue[pb.ConnectResponse]] = []
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
@@ -41,41 +41,54 @@ class FakeEngine(pb_grpc.EngineServiceServicer):
             await self._server.stop(0)
             self._server = None
 
-    async def Connect(self, requests: AsyncIterator[pb.ConnectRequest], context: Context) -> None:
-        hello = (await anext(requests)).hello
-        self.hellos.append(hello)
+    async def Connect(
+        self, requests: AsyncIterator[pb.ConnectRequest], context: Context
+    ) -> AsyncIterator[pb.ConnectResponse]:
+        self.hellos.append((await anext(requests)).hello)
         if self.refusal is not None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refusal)
-        self._contexts.append(context)
+        outgoing: asyncio.Queue[pb.ConnectResponse] = asyncio.Queue()
+        self._outgoing.append(outgoing)
+        reader = asyncio.create_task(self._read(requests))
         try:
-            await context.write(pb.ConnectResponse(state=self.state))
-            async for frame in requests:
-                for submit in frame.submit.submits:
-                    self.submits.put_nowait(submit)
-                columns = (frame.stop.request_ids, frame.stop.num_output_tokens)
-                for stop in zip(*columns, strict=True):
-                    self.stops.put_nowait(stop)
+            yield pb.ConnectResponse(state=self.state)
+            while True:
+                yield await outgoing.get()
         finally:
-            self._contexts.remove(context)
+            reader.cancel()
+            self._outgoing.remove(outgoing)
 
-    async def WatchExecutor(
-        self, request: pb.WatchExecutorRequest, context: grpc.aio.ServicerContext[object, object]
-    ) -> None:
-        raise NotImplementedError
+    async def _read(self, requests: AsyncIterator[pb.ConnectRequest]) -> None:
+        async for frame in requests:
+            for submit in frame.submit.submits:
+                self.submits.put_nowait(submit)
+            for stop in zip(frame.stop.request_ids, frame.stop.num_output_tokens, strict=True):
+                self.stops.put_nowait(stop)
 
-    async def Snapshot(
-        self, request: pb.SnapshotRequest, context: grpc.aio.ServicerContext[object, object]
+    def WatchExecutor(
+        self,
+        request: pb.WatchExecutorRequest,
+        context: grpc.aio.ServicerContext[pb.WatchExecutorRequest, pb.WatchExecutorResponse],
+    ) -> AsyncIterator[pb.WatchExecutorResponse]:
+        raise NotImplementedError("no front end calls this")
+
+    def Snapshot(
+        self,
+        request: pb.SnapshotRequest,
+        context: grpc.aio.ServicerContext[pb.SnapshotRequest, pb.SnapshotResponse],
     ) -> pb.SnapshotResponse:
-        raise NotImplementedError
+        raise NotImplementedError("no front end calls this")
 
     async def send(self, batch: pb.OutputBatch) -> None:
-        for context in self._contexts:
-            await context.write(pb.ConnectResponse(output=batch))
+        """Send to every front end, and let the loop turn once."""
+        for outgoing in self._outgoing:
+            outgoing.put_nowait(pb.ConnectResponse(output=batch))
+        await asyncio.sleep(0)
 
-    async def send_state(self, state: pb.EngineState) -> None:
+    def send_state(self, state: pb.EngineState) -> None:
         self.state = state
-        for context in self._contexts:
-            await context.write(pb.ConnectResponse(state=state))
+        for outgoing in self._outgoing:
+            outgoing.put_nowait(pb.ConnectResponse(state=state))
 
     async def send_tokens(
         self, key: int, token_ids: Sequence[int], finish: pb.Finish | None = None

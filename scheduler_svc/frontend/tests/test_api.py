@@ -25,12 +25,24 @@ def prompt_request(**fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(prompt="The quick", **fields)
 
 
+def letters(service: Service, text: str) -> list[int]:
+    """One token per ASCII character."""
+    vocabulary = service.tokenizer.get_vocab()
+    return [vocabulary[character] for character in text]
+
+
 async def messages_of(call: StreamCall) -> list[pb.GenerateResponse]:
     """All messages that are still to come; raises the call's error."""
     messages: list[pb.GenerateResponse] = []
     while isinstance(message := await call.read(), pb.GenerateResponse):
         messages.append(message)
     return messages
+
+
+async def first_of(call: StreamCall) -> pb.GenerateResponse:
+    message = await call.read()
+    assert isinstance(message, pb.GenerateResponse)
+    return message
 
 
 async def expect_status(call: Awaitable[Any], code: grpc.StatusCode, text: str) -> None:
@@ -42,7 +54,8 @@ async def expect_status(call: Awaitable[Any], code: grpc.StatusCode, text: str) 
 
 
 async def test_streams_text_and_ends_with_usage(service: Service) -> None:
-    call = service.stub.Generate(prompt_request(request_id="r1", sampling={"seed": 7}))
+    sampling = pb.SamplingParams(seed=7)
+    call = service.stub.Generate(prompt_request(request_id="r1", sampling=sampling))
     submit, prompt = await service.engine.next_submit()
     assert prompt == service.tokenizer.encode("The quick").ids
     assert submit.seed == 7
@@ -50,7 +63,7 @@ async def test_streams_text_and_ends_with_usage(service: Service) -> None:
     assert submit.deadline_unix_ns == 0
     output = service.tokenizer.encode(" brown 🙂").ids
     await service.engine.send_tokens(submit.request_id, output[:1])
-    first = await call.read()
+    first = await first_of(call)
     assert first.token_ids == output[:1]
     await service.engine.send_tokens(
         submit.request_id, [*output[1:], END_ID], finished("STOP", 5, stop_token_id=END_ID)
@@ -69,7 +82,7 @@ async def test_streams_text_and_ends_with_usage(service: Service) -> None:
 
 
 async def test_unary_gives_the_same_at_once(service: Service) -> None:
-    call = service.stub.GenerateUnary(prompt_request(stop={"max_tokens": 9}))
+    call = service.stub.GenerateUnary(prompt_request(stop=pb.StopConditions(max_tokens=9)))
     submit, _ = await service.engine.next_submit()
     assert submit.max_tokens == 9
     output = service.tokenizer.encode("fox and").ids
@@ -88,7 +101,7 @@ async def test_unary_gives_the_same_at_once(service: Service) -> None:
 
 async def test_chat_is_rendered(service: Service) -> None:
     messages = [pb.ChatMessage(role="user", content="Hello")]
-    call = service.stub.Generate(pb.GenerateRequest(chat={"messages": messages}))
+    call = service.stub.Generate(pb.GenerateRequest(chat=pb.ChatMessages(messages=messages)))
     _, prompt = await service.engine.next_submit()
     text = "<|bos|><|start|>user\nHello<|end|>\n<|start|>assistant\n"
     assert prompt == service.tokenizer.encode(text).ids
@@ -97,7 +110,7 @@ async def test_chat_is_rendered(service: Service) -> None:
 
 
 async def test_token_ids_pass_unchanged_and_skip_text_sends_ids_alone(service: Service) -> None:
-    request = pb.GenerateRequest(token_ids={"ids": [9, 0, 9]}, skip_text=True)
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[9, 0, 9]), skip_text=True)
     call = service.stub.Generate(request)
     submit, prompt = await service.engine.next_submit()
     assert prompt == [9, 0, 9]
@@ -129,11 +142,11 @@ async def test_ignored_eos_and_own_stop_ids(service: Service) -> None:
 
 
 async def test_stop_string_across_tokens_cuts_text_ids_and_usage(service: Service) -> None:
-    call = service.stub.Generate(prompt_request(stop={"strings": ["D!", "never"]}))
+    call = service.stub.Generate(prompt_request(stop=pb.StopConditions(strings=["D!", "never"])))
     submit, _ = await service.engine.next_submit()
-    output = [service.tokenizer.token_to_id(c) for c in "abED!xyz"]
+    output = letters(service, "abED!xyz")
     await service.engine.send_tokens(submit.request_id, output)
-    messages = [await call.read()]
+    messages = [await first_of(call)]
     assert messages[0].finish_reason == pb.FINISH_REASON_STOP
     assert await service.engine.next_stop() == (submit.request_id, 5)
     # The engine may have produced more meanwhile.
@@ -147,9 +160,9 @@ async def test_stop_string_across_tokens_cuts_text_ids_and_usage(service: Servic
 
 
 async def test_stop_string_does_not_wait_for_ever_for_the_engine(service: Service) -> None:
-    call = service.stub.GenerateUnary(prompt_request(stop={"strings": ["b"]}))
+    call = service.stub.GenerateUnary(prompt_request(stop=pb.StopConditions(strings=["b"])))
     submit, _ = await service.engine.next_submit()
-    output = [service.tokenizer.token_to_id(c) for c in "ab"]
+    output = letters(service, "ab")
     await service.engine.send_tokens(submit.request_id, output)
     response = await asyncio.wait_for(call, 5)
     assert response.choices[0].text == "a"
@@ -160,7 +173,7 @@ async def test_cancel_aborts_at_the_engine(service: Service) -> None:
     call = service.stub.Generate(prompt_request())
     submit, _ = await service.engine.next_submit()
     await service.engine.send_tokens(submit.request_id, [50])
-    await call.read()
+    await first_of(call)
     begin = time.monotonic()
     call.cancel()
     assert await service.engine.next_stop() == (submit.request_id, 0)
@@ -229,7 +242,7 @@ async def test_slow_reader_fails_alone(service: Service) -> None:
         fast = service.stub.Generate(prompt_request())
         fast_key = (await service.engine.next_submit())[0].request_id
         await service.engine.send_tokens(fast_key, [50])
-        assert (await fast.read()).token_ids == [50]
+        assert (await first_of(fast)).token_ids == [50]
         stop = asyncio.create_task(service.engine.next_stop())
         while not stop.done():
             await service.engine.send_tokens(slow_key, [50] * 100)
@@ -253,21 +266,27 @@ async def test_malformed_bytes_are_invalid_argument(service: Service, method: st
     for data in (b"\x0a\x02\xff\xfe", b"\x0a\x7f"):
         path = f"/blockyard.v1.GenerateService/{method}"
         # Read as a unary call: the status is all that matters.
-        call = service.channel.unary_unary(path)(data)
+        multicallable: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
+        multicallable = service.channel.unary_unary(path)
+        call = multicallable(data)
         await expect_status(call, grpc.StatusCode.INVALID_ARGUMENT, "GenerateRequest")
 
 
 async def test_prompt_must_leave_room_for_output(service: Service) -> None:
-    ids = [50] * MAX_MODEL_LEN
+    full = pb.TokenIds(ids=[50] * MAX_MODEL_LEN)
+    almost = pb.TokenIds(ids=full.ids[1:])
     for request, text in [
-        (pb.GenerateRequest(token_ids={"ids": ids}), f"prompt has {MAX_MODEL_LEN} tokens"),
-        (pb.GenerateRequest(token_ids={"ids": ids[1:]}, stop={"max_tokens": 2}), "= 101, more"),
+        (pb.GenerateRequest(token_ids=full), f"prompt has {MAX_MODEL_LEN} tokens"),
+        (
+            pb.GenerateRequest(token_ids=almost, stop=pb.StopConditions(max_tokens=2)),
+            f"= {MAX_MODEL_LEN + 1}, more than the {MAX_MODEL_LEN} that fit",
+        ),
     ]:
         call = service.stub.Generate(request)
         await expect_status(messages_of(call), grpc.StatusCode.INVALID_ARGUMENT, text)
         assert not list(await call.initial_metadata())
     call = service.stub.Generate(
-        pb.GenerateRequest(token_ids={"ids": ids[1:]}, stop={"max_tokens": 1})
+        pb.GenerateRequest(token_ids=almost, stop=pb.StopConditions(max_tokens=1))
     )
     assert len((await service.engine.next_submit())[1]) == MAX_MODEL_LEN - 1
     call.cancel()
@@ -275,16 +294,16 @@ async def test_prompt_must_leave_room_for_output(service: Service) -> None:
 
 async def test_template_errors_name_the_chat(service: Service) -> None:
     messages = [pb.ChatMessage(role="user", content="forbidden")]
-    call = service.stub.Generate(pb.GenerateRequest(chat={"messages": messages}))
+    call = service.stub.Generate(pb.GenerateRequest(chat=pb.ChatMessages(messages=messages)))
     await expect_status(
         messages_of(call), grpc.StatusCode.INVALID_ARGUMENT, "chat template: no such content"
     )
 
 
 async def test_not_ready_engine_means_unavailable(service: Service) -> None:
-    await service.engine.send_state(engine_state(ready=False))
+    service.engine.send_state(engine_state(ready=False))
     await until(lambda: not service.frontend.is_ready)
-    calls = [
+    calls: list[Awaitable[Any]] = [
         messages_of(service.stub.Generate(prompt_request())),
         service.stub.GenerateUnary(prompt_request()),
         service.stub.GetModel(pb.GetModelRequest()),

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from blockyard.engine.v1 import engine_pb2 as pb
+from scheduler_svc.frontend import flush_policy
+from scheduler_svc.frontend.fanout import Fanout
+from scheduler_svc.frontend.flush_policy import FlushPolicy
+from scheduler_svc.frontend.loop_lag import LoopLag
+from scheduler_svc.frontend.output_stream import Chunk, OutputStream
+from scheduler_svc.frontend.tests.fake_engine import finished
+from scheduler_svc.frontend.validation import RequestError
+
+
+def open_stream(fanout: Fanout, max_buffered_tokens: int | None = 100) -> OutputStream:
+    return fanout.open([], None, None, max_buffered_tokens)
+
+
+def taken(stream: OutputStream) -> Chunk:
+    chunk = stream.take()
+    assert chunk is not None
+    return chunk
+
+
+async def test_one_token_each_and_counted_columns() -> None:
+    fanout = Fanout(LoopLag())
+    first, second = open_stream(fanout), open_stream(fanout)
+    keys = [first.key, second.key]
+    fanout.apply(pb.OutputBatch(request_ids=keys, token_ids=[7, 8]))
+    fanout.apply(pb.OutputBatch(request_ids=keys, token_counts=[1, 2], token_ids=[9, 10, 11]))
+    assert taken(first).token_ids == [7, 9]
+    assert taken(second).token_ids == [8, 10, 11]
+    assert first.take() is None
+
+
+async def test_unknown_and_closed_requests_are_ignored() -> None:
+    fanout = Fanout(LoopLag())
+    stream = open_stream(fanout)
+    assert fanout.close(stream) == [(stream.key, 0)]
+    finish = finished("LENGTH")
+    finish.request_id = stream.key
+    batch = pb.OutputBatch(request_ids=[stream.key], token_ids=[7], finishes=[finish])
+    batch.rejections.add(request_id=99, code=3)
+    assert fanout.apply(batch) == []
+
+
+async def test_finished_stream_needs_no_abort() -> None:
+    fanout = Fanout(LoopLag())
+    stream = open_stream(fanout)
+    finish = finished("LENGTH")
+    finish.request_id = stream.key
+    fanout.apply(pb.OutputBatch(finishes=[finish]))
+    assert fanout.close(stream) == []
+    assert fanout.num_open == 0
+
+
+async def test_under_load_first_token_is_immediate_and_later_ones_merge() -> None:
+    lag = LoopLag()
+    lag.value_s = 1.0
+    fanout = Fanout(lag)
+    stream = open_stream(fanout)
+    fanout.apply(pb.OutputBatch(request_ids=[stream.key], token_ids=[1]))
+    assert stream.ready.is_set()
+    stream.ready.clear()
+    stream.take()
+    for token_id in (2, 3):
+        fanout.apply(pb.OutputBatch(request_ids=[stream.key], token_ids=[token_id]))
+        assert not stream.ready.is_set()
+    await asyncio.wait_for(stream.ready.wait(), 1)
+    assert taken(stream).token_ids == [2, 3]
+    stream.ready.clear()
+    finish = finished("LENGTH")
+    finish.request_id = stream.key
+    fanout.apply(pb.OutputBatch(request_ids=[stream.key], token_ids=[4], finishes=[finish]))
+    assert stream.ready.is_set()
+
+
+async def test_idle_front_end_sends_every_token_at_once() -> None:
+    fanout = Fanout(LoopLag())
+    stream = open_stream(fanout)
+    for _ in range(3):
+        fanout.apply(pb.OutputBatch(request_ids=[stream.key], token_ids=[1]))
+        assert stream.ready.is_set()
+        stream.ready.clear()
+
+
+async def test_collected_stream_wakes_only_at_its_end() -> None:
+    fanout = Fanout(LoopLag())
+    stream = open_stream(fanout, None)
+    for _ in range(1000):
+        fanout.apply(pb.OutputBatch(request_ids=[stream.key], token_ids=[1]))
+    assert not stream.ready.is_set()
+    finish = finished("LENGTH")
+    finish.request_id = stream.key
+    fanout.apply(pb.OutputBatch(finishes=[finish]))
+    assert stream.ready.is_set()
+    assert len(taken(stream).token_ids) == 1000
+
+
+async def test_full_buffer_fails_one_stream_and_aborts_it() -> None:
+    fanout = Fanout(LoopLag())
+    slow, other = open_stream(fanout, 3), open_stream(fanout, 3)
+    batch = pb.OutputBatch(request_ids=[slow.key, other.key], token_counts=[3, 1])
+    batch.token_ids.extend([1, 1, 1, 2])
+    assert fanout.apply(batch) == []
+    assert taken(other).token_ids == [2]
+    assert fanout.apply(batch) == [(slow.key, 0)]
+    with pytest.raises(RequestError, match="too slowly") as caught:
+        slow.take()
+    assert caught.value.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert taken(other).token_ids == [2]
+    assert fanout.apply(batch) == []
+    assert fanout.close(slow) == []
+
+
+async def test_unknown_rejection_code_is_internal() -> None:
+    fanout = Fanout(LoopLag())
+    stream = open_stream(fanout)
+    rejection = pb.Rejection(request_id=stream.key, code=99, message="?")
+    fanout.apply(pb.OutputBatch(rejections=[rejection]))
+    with pytest.raises(RequestError) as caught:
+        stream.take()
+    assert caught.value.code == grpc.StatusCode.INTERNAL
+
+
+def steady(num_streams: int, gap_s: float) -> FlushPolicy:
+    policy = FlushPolicy()
+    for step in range(200):
+        policy.observe(num_streams, step * gap_s)
+    return policy
+
+
+def test_policy_merges_only_when_it_must() -> None:
+    assert steady(8, 0.030).interval_s(0) == 0
+    assert steady(64, 0.030).interval_s(0) == 0
+    assert steady(256, 0.030).interval_s(0) == pytest.approx(0.0500, abs=0.002)
+    # Few streams, but a device so fast that they would be thousands of messages a second.
+    assert steady(32, 0.002).interval_s(0) == flush_policy.MIN_INTERVAL_S
+    assert steady(8, 0.030).interval_s(0.030) == flush_policy.MAX_INTERVAL_S
+    assert steady(5000, 0.030).interval_s(1.0) == flush_policy.MAX_INTERVAL_S
+
+
+def test_policy_forgets_a_burst() -> None:
+    policy = steady(256, 0.010)
+    assert policy.interval_s(0) > 0
+    for step in range(100):
+        policy.observe(2, 10 + step * 0.030)
+    assert policy.interval_s(0) == 0
