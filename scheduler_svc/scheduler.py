@@ -357,11 +357,12 @@ class Scheduler:
             if request.status is RequestStatus.WAITING or request.row in in_flight_rows:
                 request.num_suspicions += 1
                 self._suspects.add(request)
-            request.last_step_id = 0
             if request.status is RequestStatus.RUNNING:
                 self.rows.leave(request)
                 request.move_to(RequestStatus.WAITING)
                 self.waiting.push(request)
+        for request in self.waiting:
+            request.last_step_id = 0  # step ids start again
         self.epoch = epoch
         self._set_limits(limits)
         return self._fail_hopeless()

@@ -49,10 +49,6 @@ def import_model(job: ImportJob) -> model_dir.ModelDir:
     Safe to run twice at once: the first to finish wins, and the other takes its result if it is
     the same model. Raises ModelImportError.
     """
-    if not _NAME.fullmatch(job.target.name):
-        raise ModelImportError(
-            f"{job.target.name!r} is not a model name (lower-case letters, digits, '.', '_', '-')"
-        )
     with _staging(job.target) as staging:
         if job.source.is_dir():
             digest = _import_directory(job, staging)
@@ -64,6 +60,15 @@ def import_model(job: ImportJob) -> model_dir.ModelDir:
         _loaded(staging)
         _publish(staging, job.target, digest)
     return _loaded(job.target)
+
+
+def checked_name(name: str) -> str:
+    """`name` if it can be a folder of the store. Raises ModelImportError."""
+    if not _NAME.fullmatch(name):
+        raise ModelImportError(
+            f"{name!r} is not a model name (lower-case letters, digits, '.', '_', '-')"
+        )
+    return name
 
 
 def default_name(source: Path) -> str:

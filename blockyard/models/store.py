@@ -25,7 +25,7 @@ def add(source: Path, name: str | None = None, *, is_quiet: bool = False) -> mod
     Raises ModelImportError, also if the name belongs to another source.
     """
     source = source.expanduser()
-    target = _models_dir() / (name or importer.default_name(source))
+    target = _models_dir() / importer.checked_name(name or importer.default_name(source))
     if target.exists():
         if source.exists() and _stamp(target) == importer.source_stamp(source):
             return _load(target)

@@ -12,9 +12,10 @@ import pydantic
 import uvloop
 
 from blockyard.common import logs, model_dir
+from blockyard.common.listen_address import ListenError
 from blockyard.common.process import exit_with_parent
 from scheduler_svc.frontend.config import load_settings
-from scheduler_svc.frontend.lifecycle import BindError, serve
+from scheduler_svc.frontend.lifecycle import serve
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
     try:
         model = model_dir.load(settings.model_dir)
         uvloop.run(serve(settings, model))
-    except (model_dir.ModelDirError, BindError) as error:
+    except (model_dir.ModelDirError, ListenError) as error:
         log.error("%s", error)
         return 2
     return 0

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from blockyard.common.grpc_options import public_server_options
+from blockyard.common.listen_address import ListenError, claim
 from blockyard.common.logs import event
 from blockyard.common.model_dir import ModelDir
 from blockyard.common.protocol import ENGINE_PROTOCOL_VERSION
@@ -34,15 +35,11 @@ _STOP_GRACE_S: Final = 1.0
 log = logging.getLogger(__name__)
 
 
-class BindError(Exception):
-    """The address cannot be listened on."""
-
-
 class Frontend:
     """The parts of one front end, wired. Build it inside the event loop that serves it."""
 
     def __init__(self, settings: FrontendSettings, model: ModelDir) -> None:
-        """Bind and wire; nothing is served before `start`. Raises BindError, ModelDirError."""
+        """Bind and wire; nothing is served before `start`. Raises ListenError, ModelDirError."""
         self._settings = settings
         self._is_draining = False
         self._tokenizer = PromptTokenizer(model)
@@ -123,10 +120,11 @@ class Frontend:
 
 
 def _bind(server: grpc.aio.Server, address: str) -> int:
+    claim(address)
     try:
         return server.add_insecure_port(address)
     except RuntimeError as error:
-        raise BindError(f"cannot listen on {address}: is the port in use?") from error
+        raise ListenError(f"cannot listen on {address}: is the port in use?") from error
 
 
 async def serve(settings: FrontendSettings, model: ModelDir) -> None:

@@ -15,9 +15,9 @@ from blockyard.engine.v1 import engine_pb2
 from blockyard.v1 import generate_pb2_grpc
 from scheduler_svc.frontend.config import FrontendSettings
 from scheduler_svc.frontend.lifecycle import Frontend
+from scheduler_svc.frontend.tests.calls import until
 from scheduler_svc.frontend.tests.fake_engine import FakeEngine, unix_address
 from scheduler_svc.frontend.tests.models import write_model_dir
-from scheduler_svc.frontend.tests.waiting import until
 
 MAX_MODEL_LEN = 100
 

@@ -27,7 +27,7 @@ class FakeEngine(pb_grpc.EngineServiceServicer):
         self.hellos: list[pb.Hello] = []
         self.submits: asyncio.Queue[pb.Submit] = asyncio.Queue()
         self.stops: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
-        self._outgoing: list[asyncio.Queue[pb.ConnectResponse]] = []
+        self._outgoing: list[asyncio.Queue[pb.ConnectResponse | None]] = []
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
@@ -47,13 +47,13 @@ class FakeEngine(pb_grpc.EngineServiceServicer):
         self.hellos.append((await anext(requests)).hello)
         if self.refusal is not None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refusal)
-        outgoing: asyncio.Queue[pb.ConnectResponse] = asyncio.Queue()
+        outgoing: asyncio.Queue[pb.ConnectResponse | None] = asyncio.Queue()
         self._outgoing.append(outgoing)
         reader = asyncio.create_task(self._read(requests))
         try:
             yield pb.ConnectResponse(state=self.state)
-            while True:
-                yield await outgoing.get()
+            while (frame := await outgoing.get()) is not None:
+                yield frame
         finally:
             reader.cancel()
             self._outgoing.remove(outgoing)
@@ -84,6 +84,11 @@ class FakeEngine(pb_grpc.EngineServiceServicer):
         for outgoing in self._outgoing:
             outgoing.put_nowait(pb.ConnectResponse(output=batch))
         await asyncio.sleep(0)
+
+    def end_streams(self) -> None:
+        """End every front end's stream with OK."""
+        for outgoing in self._outgoing:
+            outgoing.put_nowait(None)
 
     def send_state(self, state: pb.EngineState) -> None:
         self.state = state

@@ -39,7 +39,7 @@ def byte_level_tokenizer(*, adds_bos: bool = False) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS[:2] * 3, trainer)
-    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in ("<think>", "<a b>")])
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<|bos|> $A", special_tokens=[("<|bos|>", BOS_ID)]

@@ -13,12 +13,11 @@ import pytest
 
 from blockyard.engine.v1 import engine_pb2
 from blockyard.v1 import generate_pb2 as pb
+from scheduler_svc.frontend.tests.calls import expect_status, first_of, messages_of, until
 from scheduler_svc.frontend.tests.conftest import MAX_MODEL_LEN, Service, engine_state
 from scheduler_svc.frontend.tests.fake_engine import finished
 from scheduler_svc.frontend.tests.models import BOS_ID, END_ID
-from scheduler_svc.frontend.tests.waiting import until
-
-StreamCall = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
+from scheduler_svc.frontend.tokenizer import PromptTokenizer
 
 
 def prompt_request(**fields: Any) -> pb.GenerateRequest:
@@ -29,28 +28,6 @@ def letters(service: Service, text: str) -> list[int]:
     """One token per ASCII character."""
     vocabulary = service.tokenizer.get_vocab()
     return [vocabulary[character] for character in text]
-
-
-async def messages_of(call: StreamCall) -> list[pb.GenerateResponse]:
-    """All messages that are still to come; raises the call's error."""
-    messages: list[pb.GenerateResponse] = []
-    while isinstance(message := await call.read(), pb.GenerateResponse):
-        messages.append(message)
-    return messages
-
-
-async def first_of(call: StreamCall) -> pb.GenerateResponse:
-    message = await call.read()
-    assert isinstance(message, pb.GenerateResponse)
-    return message
-
-
-async def expect_status(call: Awaitable[Any], code: grpc.StatusCode, text: str) -> None:
-    """The call fails so."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    assert caught.value.code() == code
-    assert text in str(caught.value.details())
 
 
 async def test_streams_text_and_ends_with_usage(service: Service) -> None:
@@ -180,12 +157,18 @@ async def test_cancel_aborts_at_the_engine(service: Service) -> None:
     assert time.monotonic() - begin < 0.5
 
 
-async def test_deadline_reaches_the_engine_and_aborts(service: Service) -> None:
+async def test_deadline_reaches_the_engine_and_aborts(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     call = service.stub.Generate(prompt_request(), timeout=0.3)
     submit, _ = await service.engine.next_submit()
     assert 0 < submit.deadline_unix_ns - time.time_ns() < 0.31e9
     await expect_status(messages_of(call), grpc.StatusCode.DEADLINE_EXCEEDED, "")
     assert await service.engine.next_stop() == (submit.request_id, 0)
+    await until(lambda: any(r.getMessage() == "request" for r in caplog.records))
+    (record,) = [r for r in caplog.records if r.getMessage() == "request"]
+    assert vars(record)["fields"]["status"] == "DEADLINE_EXCEEDED"
 
 
 async def test_rejection_is_sent_before_any_header(service: Service) -> None:
@@ -298,6 +281,29 @@ async def test_template_errors_name_the_chat(service: Service) -> None:
     await expect_status(
         messages_of(call), grpc.StatusCode.INVALID_ARGUMENT, "chat template: no such content"
     )
+
+
+async def test_our_own_bug_is_internal_and_says_nothing(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(self: PromptTokenizer, text: str) -> list[int]:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(PromptTokenizer, "encode_prompt", fail)
+    call = service.stub.GenerateUnary(prompt_request())
+    await expect_status(call, grpc.StatusCode.INTERNAL, "internal error of the front end")
+    assert any(r.exc_info for r in caplog.records)
+    monkeypatch.undo()
+    next_call = service.stub.Generate(prompt_request())
+    await service.engine.next_submit()
+    next_call.cancel()
+
+
+async def test_chat_needs_a_template(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptTokenizer, "has_chat_template", False)
+    chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="x")])
+    call = service.stub.GenerateUnary(pb.GenerateRequest(chat=chat))
+    await expect_status(call, grpc.StatusCode.INVALID_ARGUMENT, "no chat template")
 
 
 async def test_not_ready_engine_means_unavailable(service: Service) -> None:

@@ -119,7 +119,9 @@ def test_character_comes_with_its_last_token() -> None:
 
 
 def test_special_tokens_and_unused_ids_have_no_text() -> None:
-    think = byte_level().get_vocab()["<think>"]
+    vocab = byte_level().get_vocab()
+    think, spaced = vocab["<think>"], vocab["<a b>"]
+    assert increments("level", [spaced]) == ["<a b>", ""]
     assert increments("level", [END_ID, think, MODEL_VOCAB_SIZE - 1]) == ["", "<think>", "", ""]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -15,18 +16,17 @@ from blockyard.common import model_dir
 from blockyard.common.protocol import ENGINE_PROTOCOL_VERSION
 from blockyard.v1 import generate_pb2 as pb
 from scheduler_svc.frontend.lifecycle import Frontend
+from scheduler_svc.frontend.tests.calls import expect_status, messages_of, until
 from scheduler_svc.frontend.tests.conftest import Service, engine_state, frontend_settings
 from scheduler_svc.frontend.tests.fake_engine import FakeEngine, finished, unix_address
 from scheduler_svc.frontend.tests.models import write_model_dir
-from scheduler_svc.frontend.tests.test_api import expect_status, messages_of
-from scheduler_svc.frontend.tests.waiting import until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 async def health(channel: grpc.aio.Channel, name: str = "") -> int:
-    stub = health_pb2_grpc.HealthStub(channel)
+    stub: Any = health_pb2_grpc.HealthStub(channel)
     response: health_pb2.HealthCheckResponse
     response = await stub.Check(health_pb2.HealthCheckRequest(service=name))
     return response.status
@@ -58,7 +58,7 @@ async def test_health_names(service: Service) -> None:
 
 
 async def test_every_watcher_sees_every_change(service: Service) -> None:
-    stub = health_pb2_grpc.HealthStub(service.channel)
+    stub: Any = health_pb2_grpc.HealthStub(service.channel)
     watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
     for watch in watches:
         assert (await watch.read()).status == SERVING
@@ -91,6 +91,14 @@ async def test_engine_loss_ends_streams_and_a_new_one_serves(service: Service) -
     await service.engine.send_tokens(submit.request_id, [50], finished("LENGTH"))
     assert (await unary).usage.output_tokens == 1
     assert service.engine.stops.empty()
+
+
+async def test_a_stream_that_ends_cleanly_is_a_loss_too(service: Service) -> None:
+    call = service.stub.Generate(pb.GenerateRequest(prompt="a"))
+    await service.engine.next_submit()
+    service.engine.end_streams()
+    await expect_status(messages_of(call), grpc.StatusCode.UNAVAILABLE, "engine was lost")
+    await until(lambda: len(service.engine.hellos) == 2 and service.frontend.is_ready)
 
 
 async def test_waits_for_an_engine_that_comes_late(lonely: Frontend, tmp_path: Path) -> None:

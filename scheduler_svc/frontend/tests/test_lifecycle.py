@@ -21,10 +21,10 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from blockyard.v1 import generate_pb2 as pb
 from blockyard.v1 import generate_pb2_grpc
+from scheduler_svc.frontend.tests.calls import until
 from scheduler_svc.frontend.tests.conftest import engine_state
 from scheduler_svc.frontend.tests.fake_engine import FakeEngine, finished, unix_address
 from scheduler_svc.frontend.tests.models import write_model_dir
-from scheduler_svc.frontend.tests.waiting import until
 
 
 class Process:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from blockyard.common import model_dir
 from blockyard.common.model_dir import ModelDirError
@@ -126,6 +126,13 @@ async def test_long_prompt_does_not_block_the_loop(make: Make) -> None:
 
 def test_model_without_template(make: Make) -> None:
     assert not make(template=None).has_chat_template
+
+
+def test_unsupported_decoder_names_the_file(make: Make) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    with pytest.raises(ModelDirError, match=r"tokenizer\.json.*WordPiece"):
+        make(tokenizer)
 
 
 def test_broken_tokenizer_and_template_name_the_file(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Workloads, peers and measurements: one command each, results as JSON under results/."""

@@ -1,0 +1,110 @@
+"""Child processes of a benchmark: started, waited for, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pathlib
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Final
+
+import grpc
+
+_START_TIMEOUT_S: Final = 60.0
+_STOP_TIMEOUT_S: Final = 20.0
+
+
+class ProcessError(Exception):
+    """A child did not start or died; the message holds the end of its output."""
+
+
+class Processes:
+    """Python modules run as children, each with its output in a file of `run_dir`."""
+
+    def __init__(self, run_dir: pathlib.Path) -> None:
+        self.run_dir = run_dir
+        self._running: dict[str, asyncio.subprocess.Process] = {}
+
+    def socket(self, name: str) -> str:
+        """A gRPC address inside the run folder."""
+        return f"unix:{self.run_dir / name}.sock"
+
+    async def start(self, name: str, module: str, arguments: Sequence[str], address: str) -> int:
+        """Run `python -m module arguments`; returns its pid once `address` accepts connections.
+
+        Raises ProcessError.
+        """
+        with self._log(name).open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", module, *arguments), stdout=log, stderr=log
+            )
+        self._running[name] = process
+        async with grpc.aio.insecure_channel(address) as channel:
+            ready = asyncio.create_task(channel.channel_ready())
+            died = asyncio.create_task(process.wait())
+            await asyncio.wait(
+                {ready, died}, timeout=_START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            is_ready = ready.done()
+            for task in (ready, died):
+                task.cancel()
+        if not is_ready:
+            raise ProcessError(f"{name} did not start:\n{self.tail(name)}")
+        return process.pid
+
+    def tail(self, name: str) -> str:
+        """The end of a child's output."""
+        return self._log(name).read_text(errors="replace")[-2000:]
+
+    async def stop(self, name: str) -> None:
+        """End one child with SIGTERM and wait for it. Raises ProcessError if it ended badly."""
+        process = self._running.pop(name)
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            code = await asyncio.wait_for(process.wait(), _STOP_TIMEOUT_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            raise ProcessError(f"{name} did not stop:\n{self.tail(name)}") from None
+        if code != 0:
+            raise ProcessError(f"{name} ended with {code}:\n{self.tail(name)}")
+
+    async def kill_all(self) -> None:
+        """Kill what still runs."""
+        for process in self._running.values():
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    def _log(self, name: str) -> pathlib.Path:
+        return self.run_dir / f"{name}.log"
+
+
+@asynccontextmanager
+async def processes() -> AsyncIterator[Processes]:
+    """Children that live no longer than the block; their files go with them."""
+    with tempfile.TemporaryDirectory(prefix="blockyard-bench-") as run_dir:
+        children = Processes(pathlib.Path(run_dir))
+        try:
+            yield children
+        finally:
+            await children.kill_all()
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used [s], all threads."""
+    stat = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
+    fields = stat.rpartition(")")[2].split()
+    user, system = int(fields[11]), int(fields[12])
+    return (user + system) / os.sysconf("SC_CLK_TCK")
+
+
+def pin(pid: int, cpus: set[int]) -> None:
+    """Let all threads of a process, and those it will start, run on these CPUs only."""
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), cpus)

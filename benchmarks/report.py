@@ -1,0 +1,161 @@
+"""What every benchmark prints and writes: tables, targets, and on what machine it ran."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+ROOT: Final = pathlib.Path(__file__).parent.parent
+RESULTS_DIR: Final = ROOT / "benchmarks" / "results"
+LOCAL_DIR: Final = ROOT / "local"
+"""Ignored by git: caches of slow references."""
+
+_PACKAGES: Final = (
+    *("blockyard", "grpcio", "protobuf", "numpy", "uvloop", "tokenizers"),
+    *("torch", "transformers", "numba"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A measured value beside what it must reach."""
+
+    name: str
+    value: float
+    comparison: Literal["<=", ">="]
+    limit: float
+    unit: str = ""
+
+    @property
+    def is_met(self) -> bool:
+        """False also if the value is NaN."""
+        return self.value <= self.limit if self.comparison == "<=" else self.value >= self.limit
+
+
+def percentiles(values: npt.ArrayLike, scale: float = 1.0) -> dict[str, float]:
+    """p50, p95, p99, max, mean and count of `values` [n], divided by `scale`. n must not be 0."""
+    array = np.asarray(values, np.float64) / scale
+    assert array.size, "nothing was measured"
+    p50, p95, p99 = np.percentile(array, (50, 95, 99)).tolist()
+    return {
+        "p50": p50,
+        "p95": p95,
+        "p99": p99,
+        "max": float(array.max()),
+        "mean": float(array.mean()),
+        "count": array.size,
+    }
+
+
+def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print aligned columns; floats get 4 significant digits."""
+    cells = [list(headers), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+    print(f"\n{title}")
+    for row in cells:
+        first, *rest = (
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *rest]), flush=True)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def print_targets(targets: Sequence[Target]) -> bool:
+    """Print pass or fail for each; returns whether all are met."""
+    rows = [
+        (t.name, t.value, f"{t.comparison} {t.limit:g} {t.unit}", "pass" if t.is_met else "FAIL")
+        for t in targets
+    ]
+    print_table("Targets", ("what", "measured", "target", "result"), rows)
+    return all(target.is_met for target in targets)
+
+
+def write(name: str, results: Mapping[str, Any], targets: Sequence[Target]) -> pathlib.Path:
+    """Write results/NAME.json, with machine, versions, command and targets; returns its path."""
+    RESULTS_DIR.mkdir(exist_ok=True)
+    path = RESULTS_DIR / f"{name}.json"
+    document = {
+        "benchmark": name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([pathlib.Path(sys.executable).name, *_command()]),
+        "revision": _revision(),
+        "machine": machine(),
+        "versions": versions(),
+        "targets": [{**asdict(target), "is_met": target.is_met} for target in targets],
+        "results": results,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten: {path.relative_to(ROOT)}", flush=True)
+    return path
+
+
+def _command() -> list[str]:
+    script, *arguments = sys.orig_argv[1:]
+    path = pathlib.Path(script)
+    if path.is_absolute() and path.is_relative_to(ROOT):
+        script = str(path.relative_to(ROOT))
+    return [script, *arguments]
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, usable cores, memory and system."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+        "load_average_1_min": os.getloadavg()[0],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that timings depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _cpu_model() -> str:
+    for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor()
+
+
+def _revision() -> str:
+    """The commit, with "+" if the tree differs from it; empty outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,125 @@
+"""`blockyard generate --file`: many requests, a bounded number at a time, results in order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TextIO, cast
+
+from tqdm import tqdm
+
+from blockyard.client import AsyncClient, BlockyardError, GenerateOptions
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What to run. `defaults` are sampling options for lines that do not say otherwise."""
+
+    address: str
+    source: Path
+    output: Path | None
+    concurrency: int
+    is_chat: bool | None
+    defaults: GenerateOptions
+
+
+async def run_batch(batch: Batch) -> int:
+    """Run every line and write one result per line, in order; returns how many failed.
+
+    A result has `index` (and `id`, if the line had one), and either `text`, `token_ids`,
+    `finish_reason` and `usage`, or `error` with `code` and `message`. Raises BlockyardError if
+    there is no server.
+    """
+    with ExitStack() as files:
+        source = _open(files, batch.source, "r", sys.stdin)
+        output = _open(files, batch.output, "w", sys.stdout)
+        lines = [line for line in source if line.strip()]
+        async with AsyncClient(batch.address) as client:
+            model = await client.model()
+            is_chat = model.has_chat_template if batch.is_chat is None else batch.is_chat
+            bar = files.enter_context(tqdm(total=len(lines), unit="req", file=sys.stderr))
+            run = _Run(client, is_chat, batch.defaults, _OrderedWriter(output, bar))
+            todo = iter(enumerate(lines))
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(min(batch.concurrency, len(lines))):
+                    workers.create_task(run.work(todo))
+        return run.writer.num_failed
+
+
+class _OrderedWriter:
+    """Writes results as soon as all earlier ones are written."""
+
+    def __init__(self, output: TextIO, bar: tqdm[NoReturn]) -> None:
+        self.num_failed = 0
+        self._output = output
+        self._bar = bar
+        self._waiting: dict[int, Result] = {}
+        self._num_written = 0
+
+    def add(self, index: int, result: Result) -> None:
+        """Take the result of line `index`, counted from 0."""
+        self.num_failed += "error" in result
+        self._waiting[index] = result
+        self._bar.update()
+        while self._num_written in self._waiting:
+            line = json.dumps(self._waiting.pop(self._num_written), ensure_ascii=False)
+            self._output.write(line + "\n")
+            self._num_written += 1
+        self._output.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    client: AsyncClient
+    is_chat: bool
+    defaults: GenerateOptions
+    writer: _OrderedWriter
+
+    async def work(self, todo: Iterator[tuple[int, str]]) -> None:
+        """Take lines until none is left."""
+        for index, line in todo:
+            self.writer.add(index, {"index": index, **await self._result(line)})
+
+    async def _result(self, line: str) -> Result:
+        """One line's outcome; nothing that is wrong with it raises."""
+        head: Result = {}
+        try:
+            fields = json.loads(line)
+            if not isinstance(fields, dict):
+                raise BlockyardError("INVALID_ARGUMENT", "the line is not a JSON object")
+            head = {"id": fields.pop("id")} if "id" in fields else {}
+            return {**head, **await self._complete(fields)}
+        except json.JSONDecodeError as error:
+            message = f"not valid JSON: {error}"
+            return {**head, "error": {"code": "INVALID_ARGUMENT", "message": message}}
+        except BlockyardError as error:
+            return {**head, "error": {"code": error.code, "message": error.message}}
+
+    async def _complete(self, fields: dict[str, Any]) -> Result:
+        prompt, token_ids = fields.pop("prompt", None), fields.pop("token_ids", None)
+        messages = fields.pop("messages", None)
+        if self.is_chat and prompt is not None and messages is None and token_ids is None:
+            messages, prompt = [{"role": "user", "content": prompt}], None
+        options = cast("GenerateOptions", {**self.defaults, **fields})
+        completion = await self.client.complete(
+            prompt, token_ids=token_ids, messages=messages, **options
+        )
+        return {
+            "text": completion.text,
+            "token_ids": list(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "usage": asdict(completion.usage),
+        }
+
+
+def _open(files: ExitStack, path: Path | None, mode: str, standard: TextIO) -> TextIO:
+    if path is None or str(path) == "-":
+        return standard
+    return cast("TextIO", files.enter_context(path.open(mode, encoding="utf-8")))

@@ -1,0 +1,104 @@
+"""`blockyard serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from typing import Any
+
+import click
+import pydantic
+import uvloop
+
+from blockyard.cli.errors import CommandError
+from blockyard.cli.models import errors_explained
+from blockyard.common import logs
+from blockyard.launcher.child import ServeError
+from blockyard.launcher.config import ServeSettings
+from blockyard.launcher.server import LocalServer
+from blockyard.models import store
+
+log = logging.getLogger(__name__)
+
+
+@click.command()
+@click.option("--model", default=store.DEFAULT_MODEL, show_default=True, help="Name or path.")
+@click.option("--listen", default="127.0.0.1:50051", show_default=True, help="host:port.")
+@click.option("--max-model-len", type=int, help="Longest prompt + output; default: the model's.")
+@click.option("--kv-memory", default="1GiB", show_default=True, help="Memory for the KV cache.")
+@click.option("--max-num-seqs", type=int, help="Most requests running at once.")
+@click.option("--max-num-batched-tokens", type=int, help="Most tokens in one step.")
+@click.option("--block-size", type=int, default=16, show_default=True, help="Tokens per block.")
+@click.option("--window", type=int, default=2, show_default=True, help="Plans in flight, 1 to 3.")
+@click.option("--num-threads", type=int, help="Of the executor; default: its own choice.")
+@click.option("--frontends", type=int, default=1, show_default=True, help="Front-end processes.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
+@click.option(
+    "--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO"
+)
+def command(**flags: Any) -> None:
+    """Serve a model on this machine, until Ctrl-C.
+
+    Starts an executor, an engine and the front ends, and restarts what dies. The first Ctrl-C
+    lets open streams finish; a second one does not.
+    """
+    try:
+        settings = ServeSettings(**flags)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        flag = str(problem["loc"][0]).replace("_", "-")
+        raise click.BadParameter(problem["msg"], param_hint=f"--{flag}") from error
+    logs.configure("serve", settings.log_format, settings.log_level)
+    with errors_explained():
+        model_path = store.resolve(settings.model)
+    try:
+        uvloop.run(_serve(settings.model_copy(update={"model": str(model_path)})))
+    except ServeError as error:
+        raise CommandError(str(error), error.exit_code) from error
+
+
+async def _serve(settings: ServeSettings) -> None:
+    server = LocalServer(settings, _json_line if settings.log_format == "json" else _text_line)
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            server.kill()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    stopped = asyncio.create_task(stop.wait())
+    work = asyncio.create_task(_run(server))
+    await asyncio.wait([stopped, work], return_when=asyncio.FIRST_COMPLETED)
+    if stop.is_set():
+        log.info("stopping; Ctrl-C again kills")
+        work.cancel()
+        await asyncio.wait([work])
+    else:
+        stopped.cancel()
+        work.result()
+
+
+async def _run(server: LocalServer) -> None:
+    async with server:
+        logs.event(
+            log,
+            "ready",
+            address=server.address,
+            after_s=f"{server.ready_s:.1f}",
+            try_it=f"'blockyard generate --address {server.address} \"Hello\"'",
+        )
+        await server.wait()
+
+
+def _text_line(name: str, line: str) -> None:
+    click.echo(f"{name:10} | {line}", file=sys.stderr)
+
+
+def _json_line(name: str, line: str) -> None:
+    """Children write JSON objects that carry their name."""
+    click.echo(line, file=sys.stderr)

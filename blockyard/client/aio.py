@@ -1,0 +1,110 @@
+"""The asynchronous client."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+import grpc.aio
+
+from blockyard.client import messages as wire
+from blockyard.client.errors import from_rpc
+from blockyard.client.messages import Chunk, Completion, GenerateOptions, Message, ModelInfo
+from blockyard.v1 import generate_pb2 as pb
+from blockyard.v1 import generate_pb2_grpc as pb_grpc
+
+
+class AsyncClient:
+    """Talks to one server from the event loop it is made in; connects on the first call.
+
+        async with AsyncClient("127.0.0.1:50051") as client:
+            async for chunk in client.generate("Once upon a time", max_tokens=50):
+                print(chunk.text, end="", flush=True)
+
+    Every call raises BlockyardError.
+    """
+
+    def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
+        """`timeout` holds for each call that gives none [s]; None: no limit."""
+        self._timeout = timeout
+        self._channel = grpc.aio.insecure_channel(address)
+        self._stub: pb_grpc.GenerateServiceAsyncStub = pb_grpc.GenerateServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        await self._channel.close()
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Iterable[int] | None = None,
+        messages: Iterable[Message] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerator[Chunk, None]:
+        """Stream the output. Closing the iterator (`aclose`), or its task, cancels the request.
+
+        Args:
+            prompt: plain text; give this, or `token_ids`, or `messages` (a chat).
+            token_ids: an already tokenised prompt.
+            messages: rendered through the model's chat template.
+            timeout: for the whole stream [s].
+            options: see GenerateOptions.
+        """
+        request = wire.build_request(prompt, token_ids, messages, options)
+        return self._stream(request, timeout)
+
+    async def complete(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Iterable[int] | None = None,
+        messages: Iterable[Message] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion:
+        """The whole output at once; arguments as for `generate`."""
+        request = wire.build_request(prompt, token_ids, messages, options)
+        try:
+            response = await self._stub.GenerateUnary(request, timeout=self._limit(timeout))
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from error
+        return wire.completion(response)
+
+    async def model(self, *, timeout: float | None = None) -> ModelInfo:
+        """The model served, and its limits."""
+        limit = self._limit(timeout)
+        try:
+            response = await self._stub.GetModel(pb.GetModelRequest(), timeout=limit)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from error
+        return wire.model_info(response)
+
+    async def _stream(
+        self, request: pb.GenerateRequest, timeout: float | None
+    ) -> AsyncGenerator[Chunk, None]:
+        call = self._stub.Generate(request, timeout=self._limit(timeout))
+        try:
+            async for response in call:
+                yield wire.chunk(response)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from error
+        finally:
+            call.cancel()  # does nothing to a stream that has ended
+
+    def _limit(self, timeout: float | None) -> float | None:
+        return self._timeout if timeout is None else timeout

@@ -1,0 +1,108 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from blockyard.client import messages as wire
+from blockyard.client.errors import from_rpc
+from blockyard.client.messages import Chunk, Completion, GenerateOptions, Message, ModelInfo
+from blockyard.v1 import generate_pb2 as pb
+from blockyard.v1 import generate_pb2_grpc as pb_grpc
+
+
+class Client:
+    """Talks to one server. Thread-safe; connects on the first call.
+
+        with Client("127.0.0.1:50051") as client:
+            for chunk in client.generate("Once upon a time", max_tokens=50):
+                print(chunk.text, end="", flush=True)
+
+    Every call raises BlockyardError.
+    """
+
+    def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
+        """`timeout` holds for each call that gives none [s]; None: no limit."""
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(address)
+        self._stub = pb_grpc.GenerateServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Iterable[int] | None = None,
+        messages: Iterable[Message] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generator[Chunk, None, None]:
+        """Stream the output. Closing the iterator, or dropping it, cancels the request.
+
+        Args:
+            prompt: plain text; give this, or `token_ids`, or `messages` (a chat).
+            token_ids: an already tokenised prompt.
+            messages: rendered through the model's chat template.
+            timeout: for the whole stream [s].
+            options: see GenerateOptions.
+        """
+        request = wire.build_request(prompt, token_ids, messages, options)
+        return self._stream(request, timeout)
+
+    def complete(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Iterable[int] | None = None,
+        messages: Iterable[Message] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion:
+        """The whole output at once; arguments as for `generate`."""
+        request = wire.build_request(prompt, token_ids, messages, options)
+        try:
+            response = self._stub.GenerateUnary(request, timeout=self._limit(timeout))
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+        return wire.completion(response)
+
+    def model(self, *, timeout: float | None = None) -> ModelInfo:
+        """The model served, and its limits."""
+        try:
+            response = self._stub.GetModel(pb.GetModelRequest(), timeout=self._limit(timeout))
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+        return wire.model_info(response)
+
+    def _stream(
+        self, request: pb.GenerateRequest, timeout: float | None
+    ) -> Generator[Chunk, None, None]:
+        call = self._stub.Generate(request, timeout=self._limit(timeout))
+        try:
+            for response in call:
+                yield wire.chunk(response)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+        finally:
+            call.cancel()  # does nothing to a stream that has ended
+
+    def _limit(self, timeout: float | None) -> float | None:
+        return self._timeout if timeout is None else timeout

@@ -1,0 +1,90 @@
+"""A GenerateService with scripted answers, on a port of its own, in a thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+
+import grpc
+
+from blockyard.v1 import generate_pb2 as pb
+from blockyard.v1 import generate_pb2_grpc as pb_grpc
+
+USAGE = pb.Usage(prompt_tokens=4, output_tokens=3, cached_tokens=2, seed=77, preemptions=1)
+
+
+@dataclass
+class ScriptedServer(pb_grpc.GenerateServiceServicer):
+    """Answers by the prompt: "fail", "busy", "endless", or anything else."""
+
+    address: str = ""
+    has_chat_template: bool = True
+    requests: list[pb.GenerateRequest] = field(default_factory=list)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def Generate(
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateResponse]:
+        self.requests.append(request)
+        self._check(request, context)
+        context.add_callback(self.cancelled.set)
+        yield pb.GenerateResponse(request_id="r1", text="one ", token_ids=[10])
+        while request.prompt == "endless" and context.is_active():
+            yield pb.GenerateResponse(request_id="r1", text="more ", token_ids=[11])
+            self.cancelled.wait(0.01)
+        yield pb.GenerateResponse(
+            request_id="r1",
+            text="two",
+            token_ids=[11, 12],
+            finish_reason=pb.FINISH_REASON_STOP,
+            stop_reason=pb.StopReason(string="."),
+            usage=USAGE,
+        )
+
+    def GenerateUnary(
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> pb.GenerateUnaryResponse:
+        self.requests.append(request)
+        self._check(request, context)
+        text = request.prompt or " ".join(message.content for message in request.chat.messages)
+        choice = pb.Choice(
+            text=text.upper(), token_ids=[10, 11], finish_reason=pb.FINISH_REASON_LENGTH
+        )
+        return pb.GenerateUnaryResponse(request_id="r1", choices=[choice], usage=USAGE)
+
+    def GetModel(
+        self, request: pb.GetModelRequest, context: grpc.ServicerContext
+    ) -> pb.GetModelResponse:
+        return pb.GetModelResponse(
+            name="scripted",
+            digest="d",
+            vocab_size=100,
+            max_model_len=64,
+            has_chat_template=self.has_chat_template,
+            eos_token_ids=[2, 3],
+            version="0",
+        )
+
+    def _check(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> None:
+        if request.prompt == "fail":
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "sampling.top_p: out of range")
+        if request.prompt == "slow":
+            self.cancelled.wait(5)
+
+
+@contextlib.contextmanager
+def scripted_server(*, has_chat_template: bool = True) -> Iterator[ScriptedServer]:
+    """Serve until the exit."""
+    servicer = ScriptedServer(has_chat_template=has_chat_template)
+    server = grpc.server(futures.ThreadPoolExecutor(8))
+    pb_grpc.add_GenerateServiceServicer_to_server(servicer, server)
+    servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        yield servicer
+    finally:
+        servicer.cancelled.set()
+        server.stop(None).wait()

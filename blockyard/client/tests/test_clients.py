@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import blockyard
+from blockyard.client import AsyncClient, BlockyardError, Chunk, Client, Usage
+from blockyard.client.tests.scripted_server import ScriptedServer
+
+USAGE = Usage(prompt_tokens=4, output_tokens=3, cached_tokens=2, seed=77, preemptions=1)
+CHUNKS = [
+    Chunk("one ", (10,), 0, None, None, None, "r1"),
+    Chunk("two", (11, 12), 0, "stop", ".", USAGE, "r1"),
+]
+
+
+def test_stream(server: ScriptedServer) -> None:
+    with Client(server.address) as client:
+        assert list(client.generate("hi")) == CHUNKS
+
+
+async def test_stream_async(server: ScriptedServer) -> None:
+    async with AsyncClient(server.address) as client:
+        assert [chunk async for chunk in client.generate("hi")] == CHUNKS
+
+
+def test_complete_and_model(server: ScriptedServer) -> None:
+    with Client(server.address) as client:
+        completion = client.complete(messages=[{"role": "user", "content": "hi"}])
+        assert (completion.text, completion.finish_reason) == ("HI", "length")
+        assert (completion.token_ids, completion.usage) == ((10, 11), USAGE)
+        model = client.model()
+        assert (model.name, model.max_model_len, model.eos_token_ids) == ("scripted", 64, (2, 3))
+
+
+async def test_complete_and_model_async(server: ScriptedServer) -> None:
+    async with AsyncClient(server.address) as client:
+        assert (await client.complete("hi")).text == "HI"
+        assert (await client.model()).has_chat_template
+
+
+def test_every_option_reaches_the_wire(server: ScriptedServer) -> None:
+    with Client(server.address) as client:
+        client.complete(
+            token_ids=[1, 2],
+            max_tokens=5,
+            temperature=0.0,
+            top_k=0,
+            top_p=0.5,
+            min_p=0.25,
+            seed=0,
+            stop=["a", "b"],
+            stop_token_ids=[9],
+            ignore_eos=True,
+            request_id="mine",
+            skip_text=True,
+        )
+        client.complete("plain", stop="end")
+    full, plain = server.requests
+    assert list(full.token_ids.ids) == [1, 2]
+    # Zero is a value, not "unset".
+    present = {field.name: value for field, value in full.sampling.ListFields()}
+    assert present == {"temperature": 0.0, "top_k": 0, "top_p": 0.5, "min_p": 0.25, "seed": 0}
+    assert (full.stop.max_tokens, list(full.stop.strings)) == (5, ["a", "b"])
+    assert (list(full.stop.token_ids), full.stop.ignore_eos) == ([9], True)
+    assert (full.request_id, full.skip_text) == ("mine", True)
+    assert (plain.prompt, list(plain.stop.strings)) == ("plain", ["end"])
+    assert not plain.stop.HasField("max_tokens")
+    assert not plain.sampling.ListFields()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one"),
+        ({"prompt": "a", "token_ids": [1]}, "exactly one"),
+        ({"prompt": "a", "max_token": 5}, "unknown option 'max_token'"),
+        ({"prompt": 5}, "bad argument|expected"),
+        ({"token_ids": [-1]}, "range|negative"),
+        ({"token_ids": 7}, "iterable"),
+        ({"messages": ["hello"]}, "mapping"),
+        ({"messages": [{"rolle": "user"}]}, "rolle"),
+        ({"prompt": "a", "top_k": -1}, "range|negative"),
+        ({"prompt": "a", "stop": 3}, "iterable"),
+        ({"prompt": "\ud800"}, "surrogate|UTF-8|encode"),
+    ],
+)
+def test_bad_arguments_do_not_reach_the_server(
+    arguments: dict[str, Any], message: str, server: ScriptedServer
+) -> None:
+    with Client(server.address) as client, pytest.raises(BlockyardError, match=message) as caught:
+        client.generate(**arguments)
+    assert caught.value.code == "INVALID_ARGUMENT"
+    assert not server.requests
+
+
+def test_errors_of_the_server(server: ScriptedServer) -> None:
+    with Client(server.address) as client:
+        with pytest.raises(BlockyardError) as caught:
+            list(client.generate("fail"))
+        with pytest.raises(BlockyardError):
+            client.complete("fail")
+        with pytest.raises(BlockyardError, match="DEADLINE_EXCEEDED"):
+            client.complete("slow", timeout=0.1)
+    assert caught.value.code == "INVALID_ARGUMENT"
+    assert caught.value.message == "sampling.top_p: out of range"
+    client = Client(server.address, timeout=0.1)
+    with client, pytest.raises(BlockyardError, match="DEADLINE_EXCEEDED"):
+        list(client.generate("endless"))
+
+
+async def test_errors_of_the_server_async(server: ScriptedServer) -> None:
+    async with AsyncClient(server.address) as client:
+        with pytest.raises(BlockyardError, match="INVALID_ARGUMENT"):
+            async for _ in client.generate("fail"):
+                pass
+        with pytest.raises(BlockyardError, match="DEADLINE_EXCEEDED"):
+            await client.complete("slow", timeout=0.1)
+
+
+def test_no_server() -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(BlockyardError, match="UNAVAILABLE"):
+        client.model()
+
+
+def test_closing_the_iterator_cancels(server: ScriptedServer) -> None:
+    with Client(server.address) as client:
+        chunks = client.generate("endless")
+        assert next(chunks).text == "one "
+        assert not server.cancelled.is_set()
+        chunks.close()
+        assert server.cancelled.wait(5)
+
+
+async def test_closing_the_async_iterator_cancels(server: ScriptedServer) -> None:
+    async with AsyncClient(server.address) as client:
+        chunks = client.generate("endless")
+        assert (await anext(chunks)).text == "one "
+        await chunks.aclose()
+        assert server.cancelled.wait(5)
+
+
+def test_the_package_stays_light() -> None:
+    code = "import sys, blockyard; assert 'grpc' not in sys.modules; blockyard.Client"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert blockyard.AsyncClient is AsyncClient
+    with pytest.raises(AttributeError, match="Nothing"):
+        _ = blockyard.Nothing

@@ -1,0 +1,38 @@
+"""Settings of a local server."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from blockyard.common.protocol import MAX_WINDOW
+from blockyard.common.sizes import parse_size
+from blockyard.models.store import DEFAULT_MODEL
+
+
+def _checked_size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+class ServeSettings(BaseModel):
+    """What `blockyard serve` can be told. None: the service's own default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = DEFAULT_MODEL
+    """A stored name, a model directory, or a .gguf file; see `store.resolve`."""
+    listen: str = Field(default="127.0.0.1:50051", pattern=r"^.+:\d{1,5}$")
+    """host:port of the public API; port 0 picks a free one."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    kv_memory: Annotated[str, AfterValidator(_checked_size)] = "1GiB"
+    """Of the executor's block pool, e.g. 512MiB."""
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    block_size: int = Field(default=16, ge=1)
+    window: int = Field(default=2, ge=1, le=MAX_WINDOW)
+    num_threads: int | None = Field(default=None, ge=1)
+    frontends: int = Field(default=1, ge=1, le=64)
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

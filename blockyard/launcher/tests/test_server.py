@@ -1,0 +1,177 @@
+"""The real services, started and supervised, on a tiny random model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from blockyard.client import AsyncClient, BlockyardError, Client
+from blockyard.launcher.child import ServeError
+from blockyard.launcher.config import ServeSettings
+from blockyard.launcher.server import LocalServer
+from blockyard.models import store
+from blockyard.models.tests.tiny_gguf import TinyGguf
+
+Folders = pytest.TempPathFactory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: Folders) -> Path:
+    """An imported model directory."""
+    folder = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLOCKYARD_HOME", str(folder))
+        return store.resolve(str(TinyGguf().write(folder / "tiny.gguf")), is_quiet=True)
+
+
+def _settings(model: Path, listen: str = "127.0.0.1:0") -> ServeSettings:
+    return ServeSettings(model=str(model), listen=listen, kv_memory="16MiB", num_threads=1)
+
+
+@pytest.fixture
+async def server(model: Path) -> AsyncIterator[LocalServer]:
+    async with LocalServer(_settings(model)) as running:
+        yield running
+
+
+async def _generate(address: str) -> tuple[int, ...]:
+    """Greedy tokens; retried while a part of the server is replaced."""
+    deadline = time.monotonic() + 60
+    async with AsyncClient(address) as client:
+        while True:
+            try:
+                completion = await client.complete(
+                    "the and the", temperature=0, max_tokens=8, ignore_eos=True, timeout=30
+                )
+            except BlockyardError as error:
+                if error.code != "UNAVAILABLE" or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.05)
+            else:
+                return completion.token_ids
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def _until_replaced(server: LocalServer, name: str, pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while server.pids.get(name, pid) == pid:
+        assert time.monotonic() < deadline, f"{name} was not replaced"
+        await asyncio.sleep(0.02)
+
+
+async def test_every_part_is_replaced_and_the_answer_stays(server: LocalServer) -> None:
+    assert server.pids.keys() == {"executor", "engine", "frontend"}
+    expected = await _generate(server.address)
+    assert len(expected) == 8
+    for name in ("frontend", "engine", "executor"):
+        pid = server.pids[name]
+        os.kill(pid, signal.SIGKILL)
+        await _until_replaced(server, name, pid)
+        assert await _generate(server.address) == expected, name
+
+
+async def test_a_hung_executor_is_replaced(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLOCKYARD_ENGINE_HEARTBEAT_TIMEOUT_S", "2")
+    async with LocalServer(_settings(model)) as server:
+        expected = await _generate(server.address)
+        pid = server.pids["executor"]
+        os.kill(pid, signal.SIGSTOP)
+        await _until_replaced(server, "executor", pid)
+        assert await _generate(server.address) == expected
+        assert not _is_running(pid)
+
+
+async def test_leaving_ends_everything_and_leaves_no_files(model: Path) -> None:
+    async with LocalServer(_settings(model)) as server:
+        pids = list(server.pids.values())
+        run_dir = server._run_dir
+        assert run_dir is not None
+        assert run_dir.stat().st_mode & 0o777 == 0o700
+    assert not any(_is_running(pid) for pid in pids)
+    assert not run_dir.exists()
+
+
+async def test_several_front_ends_share_the_port(model: Path) -> None:
+    settings = _settings(model).model_copy(update={"frontends": 2})
+    async with LocalServer(settings) as server:
+        assert {"frontend-0", "frontend-1"} <= server.pids.keys()
+        assert len(await _generate(server.address)) == 8
+
+
+async def test_a_taken_port_is_a_configuration_error(server: LocalServer, model: Path) -> None:
+    with pytest.raises(ServeError, match="in use") as caught:
+        async with LocalServer(_settings(model, listen=server.address)):
+            pass
+    assert caught.value.exit_code == 2
+
+
+async def test_memory_too_small_is_a_configuration_error(model: Path) -> None:
+    settings = _settings(model).model_copy(update={"kv_memory": "1KiB"})
+    with pytest.raises(ServeError, match="cannot run with these settings") as caught:
+        async with LocalServer(settings):
+            pass
+    assert caught.value.exit_code == 2
+
+
+def _serve(model: Path) -> subprocess.Popen[str]:
+    flags = ["--model", str(model), "--listen", "127.0.0.1:0", "--kv-memory", "16MiB"]
+    code = "from blockyard.cli.main import main; raise SystemExit(main())"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "serve", "--num-threads", "1", *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _until_ready(launcher: subprocess.Popen[str]) -> tuple[str, list[int]]:
+    """Read the start-up lines; returns the address and the pids of the children."""
+    assert launcher.stderr is not None
+    pids = []
+    for line in launcher.stderr:
+        words = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        if " serve: started " in line:
+            pids.append(int(words["pid"]))
+        if " serve: ready " in line:
+            return words["address"], pids
+    raise AssertionError("the launcher ended")
+
+
+def test_killing_the_launcher_leaves_no_orphans(model: Path) -> None:
+    with _serve(model) as launcher:
+        _, pids = _until_ready(launcher)
+        assert len(pids) == 3
+        assert all(map(_is_running, pids))
+        launcher.kill()
+    deadline = time.monotonic() + 5
+    while any(map(_is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_interrupt_lets_streams_finish_in_order(model: Path) -> None:
+    with _serve(model) as launcher:
+        address, pids = _until_ready(launcher)
+        with Client(address) as client:
+            chunks = client.generate("the", temperature=0, max_tokens=100, ignore_eos=True)
+            tokens = list(next(chunks).token_ids)
+            launcher.send_signal(signal.SIGINT)
+            for chunk in chunks:
+                tokens += chunk.token_ids
+        assert len(tokens) == 100
+        launcher.communicate(timeout=30)
+        assert launcher.returncode == 0
+    assert not any(map(_is_running, pids))

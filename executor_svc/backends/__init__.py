@@ -1,0 +1,1 @@
+"""Devices behind one small protocol: `base` says what a backend does, `cpu` does it here."""

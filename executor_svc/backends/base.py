@@ -1,0 +1,54 @@
+"""What a device must do for a decoder's forward pass.
+
+A model is written once against this protocol; a backend owns the layout of a KV block, the kernels
+and their scratch memory. Tokens of all rows are flattened: T is the number of tokens in the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from executor_svc.runner import IntArray, StepBatch
+
+Linear = Callable[[Tensor], Tensor]
+"""[T, in_features] -> [T, out_features], a new tensor."""
+
+
+class Backend(Protocol):
+    """One device. Results of one call may be overwritten by the next call of the same method."""
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """Bring weight [out_features, in_features] and bias into the device's own form."""
+
+    def begin_step(self, batch: StepBatch, block_table: IntArray) -> None:
+        """Lay out the work of one step; block_table is [max_rows, max_blocks_per_row]."""
+
+    def embed(self, table: Tensor, token_ids: IntArray) -> Tensor:
+        """Rows of table [vocab_size, hidden] for token_ids [T]; the step's residual stream."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, hidden] normalised by root mean square, times weight [hidden]."""
+
+    def add_rms_norm(self, residual: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """Add delta to residual in place, both [T, hidden]; then rms_norm of the sum."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up for gate_up [T, 2 * intermediate], gate first."""
+
+    def write_kv(
+        self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
+    ) -> None:
+        """Rotate queries and keys of qkv [T, (heads + 2 * kv_heads) * head_dim] in place.
+
+        Then store keys and values of every token in its slot of `layer`. If given, q_norm and
+        k_norm [head_dim] first normalise each head (RMS).
+        """
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """Causal attention of the step's queries over their rows' slots of `layer`.
+
+        Returns [T, heads * head_dim]. All keys and values of the step must have been written.
+        """

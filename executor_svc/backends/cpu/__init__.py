@@ -1,0 +1,1 @@
+"""The CPU backend: oneDNN matrix products, numba kernels for everything else."""

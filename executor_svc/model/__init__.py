@@ -1,0 +1,1 @@
+"""Decoder models: configuration, weights, and the forward pass over flattened tokens."""

@@ -1,0 +1,98 @@
+"""An executor's life: bind, serve, stop. Works with any runner; knows no model and no device."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from blockyard.common import logs
+from blockyard.common.grpc_options import LINK_OPTIONS
+from blockyard.common.listen_address import ListenError, claim, socket_path
+from blockyard.executor.v1 import executor_pb2 as pb
+from blockyard.executor.v1 import executor_pb2_grpc as pb_grpc
+from executor_svc.runner import FatalDeviceError, Runner
+from executor_svc.service import ExecutorServicer
+
+SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["ExecutorService"].full_name
+_STOP_GRACE_S: Final = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class ExecutorServer:
+    """A servicer, its health and its server. Build it inside the event loop that serves it."""
+
+    def __init__(self, runner: Runner, listen: str) -> None:
+        """Bind `listen`; nothing is answered before `start`. Raises ListenError."""
+        claim(listen)
+        self.servicer = ExecutorServicer(runner)
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(options=LINK_OPTIONS)
+        pb_grpc.add_ExecutorServiceServicer_to_server(self.servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._socket_path = socket_path(listen)
+        try:
+            self.port = self._server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise ListenError(f"{listen}: cannot listen there; is the port in use?") from error
+
+    async def start(self) -> asyncio.Future[str]:
+        """Serve; the future resolves with a message if the device is lost."""
+        fatal = self.servicer.start()
+        for name in ("", SERVICE_NAME, "liveness"):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        return fatal
+
+    async def stop(self) -> None:
+        """End the stream, finish the steps under way, and leave no socket file."""
+        await self._health.enter_graceful_shutdown()
+        await self.servicer.stop()
+        await self._server.stop(_STOP_GRACE_S)
+        if self._socket_path is not None:
+            self._socket_path.unlink(missing_ok=True)
+
+
+async def serve(runner: Runner, listen: str) -> None:
+    """Serve `runner` until SIGTERM or SIGINT; a second signal exits at once.
+
+    Raises ListenError, or FatalDeviceError when the device is lost.
+    """
+    server = ExecutorServer(runner, listen)
+    shutdown = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if shutdown.is_set():
+            os._exit(128 + number)
+        logs.event(log, "signal", name=number.name)
+        shutdown.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    fatal = await server.start()
+    logs.event(log, "ready", address=listen, port=server.port, **_summary(runner))
+    fatal.add_done_callback(lambda _: shutdown.set())
+    await shutdown.wait()
+    await server.stop()
+    if fatal.done():
+        raise FatalDeviceError(fatal.result())
+
+
+def _summary(runner: Runner) -> dict[str, str | int]:
+    info = runner.info
+    return {
+        "model": info.model_name,
+        "device": info.device,
+        "device_blocks": info.num_device_blocks,
+        "host_blocks": info.num_host_blocks,
+        "block_size": info.block_size,
+        "max_rows": info.max_rows,
+        "max_model_len": info.max_model_len,
+    }

@@ -1,0 +1,91 @@
+"""The fitted price of a step."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from blockyard.executor.v1 import executor_pb2 as pb
+from executor_svc.cost_model import MIN_STEPS, WINDOW_STEPS, StepSamples
+from executor_svc.plan import Plan, decode
+from executor_svc.runner import StepBatch
+from integration_tests.fake_runner import fake_info
+
+INFO = fake_info(64, block_size=16)  # 8 bytes a token
+STEP_NS, TOKEN_NS, NS_PER_BYTE, NS_PER_SWAPPED_BYTE = 2e6, 5e4, 25.0, 100.0
+
+
+def step(num_tokens: int, context: int, swapped: int = 0) -> tuple[Plan, StepBatch, int]:
+    ids = list(range(swapped))
+    plan = decode(pb.StepPlan(swap_out=pb.BlockPairs(src=ids, dst=ids)))
+    one = np.array([num_tokens], np.int32)
+    none = np.empty(0, np.int32)
+    batch = StepBatch(
+        rows=np.zeros(1, np.int32),
+        num_scheduled_tokens=one,
+        num_computed_tokens=np.array([context - num_tokens], np.int32),
+        num_decode_rows=0,
+        token_ids=np.zeros(num_tokens, np.int32),
+        sampling_rows=none,
+        logits_indices=none,
+        sample_positions=none,
+    )
+    ns = STEP_NS + TOKEN_NS * num_tokens + NS_PER_BYTE * 8 * context
+    return plan, batch, int(ns + NS_PER_SWAPPED_BYTE * INFO.block_bytes * swapped)
+
+
+def varied(count: int) -> StepSamples:
+    rng = random.Random(0)
+    samples = StepSamples(INFO)
+    for _ in range(count):
+        tokens = rng.choice([1, 8, 64, 128])
+        samples.add(*step(tokens, tokens + rng.randrange(4000), swapped=rng.choice([0, 0, 5])))
+    return samples
+
+
+def test_nothing_is_known_at_first() -> None:
+    assert StepSamples(INFO).fit() == pb.CostModel()
+    assert varied(MIN_STEPS - 1).fit() == pb.CostModel()
+
+
+@pytest.mark.parametrize("count", [MIN_STEPS, 3 * WINDOW_STEPS])
+def test_prices_are_found(count: int) -> None:
+    model = varied(count).fit()
+    assert model.step_ns == pytest.approx(STEP_NS, rel=0.01)
+    assert model.token_ns == pytest.approx(TOKEN_NS, rel=0.01)
+    assert model.kv_bytes_per_s == pytest.approx(1e9 / NS_PER_BYTE, rel=0.01)
+    assert model.swap_bytes_per_s == pytest.approx(1e9 / NS_PER_SWAPPED_BYTE, rel=0.01)
+
+
+def test_equal_steps_tell_no_price() -> None:
+    samples = StepSamples(INFO)
+    for i in range(WINDOW_STEPS):
+        samples.add(*step(8, 100 + i))
+    assert samples.fit() == pb.CostModel()
+
+
+def test_one_slow_step_moves_little() -> None:
+    samples = varied(200)
+    plan, batch, step_ns = step(8, 500)
+    samples.add(plan, batch, 1000 * step_ns)
+    assert samples.fit().token_ns == pytest.approx(TOKEN_NS, rel=0.1)
+
+
+def test_no_price_is_negative() -> None:
+    rng = random.Random(3)
+    samples = StepSamples(INFO)
+    for _ in range(100):
+        plan, batch, _ = step(rng.choice([1, 100]), 200)
+        samples.add(plan, batch, rng.randrange(1_000, 1_000_000))
+    model = samples.fit()
+    prices = (model.step_ns, model.token_ns, model.kv_bytes_per_s, model.swap_bytes_per_s)
+    assert min(prices) >= 0
+
+
+def test_empty_batches_say_nothing() -> None:
+    samples = varied(MIN_STEPS - 1)
+    plan, batch, _ = step(1, 1)
+    samples.add(plan, batch, 0)
+    assert samples.fit() == pb.CostModel()

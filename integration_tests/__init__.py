@@ -1,0 +1,1 @@
+"""Tests across the wire, and the executors that they use instead of a model."""

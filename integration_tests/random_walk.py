@@ -1,0 +1,324 @@
+"""Random walks of scheduler and executor, checked token by token against a reference.
+
+One walk is one seed: a random configuration, then random arrivals, aborts, early stops, delays,
+losses and restarts, until every request has ended. The scheduler, the plan codec and the executor's
+decode, plan_check and row_state are the real ones; the runner checks content (fake_runner.py).
+
+    python -m integration_tests.random_walk --seeds 2000
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from benchmarks import report
+from executor_svc.plan import PlanError
+from integration_tests.fake_runner import FakeOptions, FakeRunner, fake_info
+from integration_tests.sim_link import SimLink
+from integration_tests.walk_request import WalkRequest, random_request
+from scheduler_svc import plan_codec
+from scheduler_svc.request import RequestStatus
+from scheduler_svc.scheduler import Limits, Scheduler
+from scheduler_svc.step_plan import StepOutput
+
+VOCAB_SIZE: Final = 997
+_MAX_RESTARTS: Final = 6
+_STEPS_PER_TOKEN: Final = 8
+"""Plans that a token of a request may cost, waiting and computing again included."""
+
+
+@dataclass(slots=True)
+class WalkCounts:
+    """What a walk came across."""
+
+    requests: int = 0
+    steps: int = 0
+    tokens: int = 0
+    preemptions: int = 0
+    chunked_prefills: int = 0
+    same_batches: int = 0
+    late_tokens: int = 0  # sampled for a request that had left its row
+    epochs: int = 0
+    cuts: int = 0
+    replayed_results: int = 0
+    resent_plans: int = 0
+    aborts: int = 0
+    stop_tokens: int = 0
+    stop_strings: int = 0
+    failed_rows: int = 0
+
+    def add(self, other: WalkCounts) -> None:
+        """Sum each count."""
+        for field in dataclasses.fields(self):
+            name = field.name
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """How often things go wrong in one walk: weights beside those of ordinary actions."""
+
+    cut: float
+    restart: float
+    abort: float
+    poison: float
+
+
+class Walk:
+    """One seed's walk."""
+
+    def __init__(self, seed: int, *, checks_pool: bool = True) -> None:
+        """Draw the configuration.
+
+        Args:
+            seed: of everything random.
+            checks_pool: False leaves it to the outputs to show that the pool's books are wrong.
+        """
+        self.counts = WalkCounts()
+        self._rng = rng = random.Random(seed)
+        self._checks_pool = checks_pool
+        self._limits = _random_limits(rng)
+        self._window = rng.randint(1, 3)
+        self._weather = _random_weather(rng)
+        self._num_arrivals_left = rng.randint(10, 40)
+        self._arrival_weight = rng.choice([0.1, 1.0, 10.0])
+        self._poisoned_seeds: set[int] = set()
+        self._link = SimLink(self._runner())
+        self._scheduler = Scheduler(self._limits)
+        self._scheduler.begin_epoch(self._link.epoch, self._limits)
+        self._requests: dict[int, WalkRequest] = {}
+        self._num_max_steps = 100
+        self._num_restarts_left = _MAX_RESTARTS
+        self._has_nothing_to_plan = False  # until something else happens
+
+    def run(self) -> WalkCounts:
+        """Walk until every request has ended. Raises AssertionError or PlanError."""
+        while self._num_arrivals_left or self._is_busy:
+            actions = self._actions()
+            assert actions, f"nothing moves, but {self._live()} wait"
+            (action,) = self._rng.choices(list(actions), list(actions.values()))
+            action()
+            assert self.counts.steps < self._num_max_steps, f"{self._live()} starve"
+        self._check_idle()
+        self.counts.preemptions = self._scheduler.num_preemptions
+        self.counts.resent_plans = self._link.num_resent
+        self.counts.replayed_results = self._link.num_replayed
+        return self.counts
+
+    @property
+    def _is_busy(self) -> bool:
+        return self._scheduler.has_work or self._link.num_sent > 0
+
+    def _live(self) -> list[WalkRequest]:
+        return [request for request in self._requests.values() if not request.is_ended]
+
+    def _actions(self) -> dict[Callable[[], None], float]:
+        """What can happen now, with weights; empty if nothing moves by itself any more."""
+        link, weather, live = self._link, self._weather, self._live()
+        has_room = link.num_sent < self._window
+        possible = {
+            self._plan: 4.0
+            * (has_room and self._scheduler.has_work and not self._has_nothing_to_plan),
+            self._deliver: 4.0 * link.has_plan_under_way,
+            self._complete: 4.0 * bool(link.executor.num_in_flight),
+            self._commit: 4.0 * link.has_result_under_way,
+            self._arrive: self._arrival_weight * bool(self._num_arrivals_left),
+            self._find_stop_string: 1.0 * any(request.wants_stop for request in live),
+        }
+        actions = {action: weight for action, weight in possible.items() if weight}
+        if link.num_sent:
+            actions[self._cut] = weather.cut
+            actions[self._restart] = weather.restart * bool(self._num_restarts_left)
+        if actions and live:
+            actions[self._abort] = weather.abort
+            actions[self._poison] = weather.poison
+        return actions
+
+    # ---- ordinary life
+
+    def _arrive(self) -> None:
+        self._num_arrivals_left -= 1
+        self.counts.requests += 1
+        request = random_request(self._rng, self.counts.requests, self._limits)
+        self._requests[request.request.key] = request
+        self._num_max_steps += _STEPS_PER_TOKEN * request.request.max_total_tokens + 20
+        self._scheduler.submit(request.request)
+        self._has_nothing_to_plan = False
+
+    def _plan(self) -> None:
+        scheduler, counts = self._scheduler, self.counts
+        oldest = min(scheduler.running.values(), key=lambda r: r.key, default=None)
+        num_preemptions = scheduler.num_preemptions
+        plan = scheduler.plan(now_ns=counts.steps)
+        self._check_pool()
+        if oldest is not None:
+            assert oldest.status is RequestStatus.RUNNING, "the oldest was preempted"
+        self._has_nothing_to_plan = plan is None
+        if plan is None:
+            return
+        assert plan.num_tokens <= self._limits.max_num_batched_tokens
+        assert scheduler.num_preemptions == num_preemptions or not plan.new_rows
+        counts.steps += 1
+        counts.same_batches += plan.same_batch
+        counts.chunked_prefills += len(plan.rows) > len(plan.sampling_rows)
+        self._link.send(plan_codec.encode(plan))
+
+    def _deliver(self) -> None:
+        self._link.deliver()
+
+    def _complete(self) -> None:
+        self._link.complete()
+
+    def _commit(self) -> None:
+        result = self._link.take()
+        if result is not None:
+            output = self._scheduler.commit(plan_codec.decode(result))
+            self.counts.late_tokens += len(result.token_ids) - len(output.token_ids)
+            self._publish(output)
+            self._check_pool()
+            self._has_nothing_to_plan = False
+
+    def _publish(self, output: StepOutput) -> None:
+        columns = (output.frontends, output.request_ids, output.token_ids)
+        for frontend, key, token_id in zip(*(c.tolist() for c in columns), strict=True):
+            request = self._requests[key]
+            assert frontend == request.request.frontend, request
+            request.take_token(token_id)
+            self.counts.tokens += 1
+        for finished in output.finished:
+            self._requests[finished.request.key].end(finished, self._limits)
+            self.counts.stop_tokens += finished.stop_token_id is not None
+            self.counts.failed_rows += finished.request.status is RequestStatus.FINISHED_ERROR
+
+    def _find_stop_string(self) -> None:
+        """The front end looks at the text later than the engine at the tokens."""
+        request = self._rng.choice([r for r in self._live() if r.wants_stop])
+        self._end_early(request, RequestStatus.FINISHED_STOP)
+        self.counts.stop_strings += 1
+
+    # ---- weather
+
+    def _abort(self) -> None:
+        self._end_early(self._rng.choice(self._live()), RequestStatus.FINISHED_ABORTED)
+        self.counts.aborts += 1
+
+    def _end_early(self, request: WalkRequest, status: RequestStatus) -> None:
+        request.is_ended = True
+        self._scheduler.finish(request.request, status)
+        self._check_pool()
+        self._has_nothing_to_plan = False
+
+    def _poison(self) -> None:
+        request = self._rng.choice(self._live())
+        request.is_poisoned = True
+        self._poisoned_seeds.add(request.request.sampling.seed)
+
+    def _cut(self) -> None:
+        self._link.cut(resends_all=self._rng.random() < 0.5)
+        self.counts.cuts += 1
+
+    def _restart(self) -> None:
+        """Lose the executor; the next one may have another pool."""
+        self._num_restarts_left -= 1
+        for request in self._live():
+            request.num_barren_epochs += 1
+        longest = max((r.request.max_total_tokens for r in self._live()), default=1)
+        if self._rng.random() < 0.3:
+            self._limits = _resized(self._rng, self._limits, longest)
+        self._link.replace_executor(self._runner())
+        self._publish(self._scheduler.begin_epoch(self._link.epoch, self._limits))
+        self._check_pool()
+        self.counts.epochs += 1
+        self._num_max_steps += sum(_STEPS_PER_TOKEN * r.request.max_total_tokens for r in self._live())
+        self._has_nothing_to_plan = False
+
+    # ---- checks and parts
+
+    def _check_pool(self) -> None:
+        if self._checks_pool:
+            self._scheduler.kv.check_conservation()
+
+    def _check_idle(self) -> None:
+        pool = self._scheduler.kv.pool
+        assert not self._live(), f"{self._live()} never ended"
+        assert not self._scheduler.in_flight
+        assert not self._checks_pool or pool.num_free == pool.num_usable
+        assert not self._link.executor.state.is_live.any(), "a row was never freed"
+        self._check_pool()
+
+    def _runner(self) -> FakeRunner:
+        limits = self._limits
+        info = fake_info(
+            limits.num_device_blocks,
+            block_size=limits.block_size,
+            max_rows=limits.max_num_seqs,
+            max_model_len=limits.max_model_len,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            vocab_size=limits.vocab_size,
+        )
+        return FakeRunner(info, FakeOptions(nan_seeds=self._poisoned_seeds))
+
+
+def _random_limits(rng: random.Random) -> Limits:
+    """Pools that hold between one and ten of the longest requests."""
+    max_num_seqs = rng.randint(1, 8)
+    num_blocks, block_size = rng.randint(4, 40), rng.choice([1, 2, 3, 4, 8])
+    longest = int(num_blocks * block_size * rng.choice([0.15, 0.4, 0.7, 1.0]))
+    return Limits(
+        num_device_blocks=1 + num_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 5, 20, 60]),
+        max_model_len=min(max(longest, 4), 100),
+        vocab_size=VOCAB_SIZE,
+        watermark_blocks=rng.randint(0, 2),
+    )
+
+
+def _random_weather(rng: random.Random) -> Weather:
+    def often(weight: float) -> float:
+        return rng.choice([0.0, 0.0, weight / 10, weight])
+
+    return Weather(cut=often(0.5), restart=often(0.05), abort=often(0.1), poison=often(0.05))
+
+
+def _resized(rng: random.Random, limits: Limits, max_total_tokens: int) -> Limits:
+    """Another pool; mostly one that still holds every request."""
+    fewest = -(-max_total_tokens // limits.block_size) + 1
+    num_blocks = rng.randint(fewest, fewest + 10) if rng.random() < 0.8 else max(2, fewest // 2)
+    return dataclasses.replace(limits, num_device_blocks=num_blocks)
+
+
+def main(arguments: list[str]) -> int:
+    """Walk many seeds; prints a summary and writes benchmarks/results/random_walk.json."""
+    parser = argparse.ArgumentParser(prog="python -m integration_tests.random_walk")
+    parser.add_argument("--seeds", type=int, default=2000)
+    parser.add_argument("--first-seed", type=int, default=0)
+    flags = parser.parse_args(arguments)
+    begin = time.monotonic()
+    total = WalkCounts()
+    for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
+        try:
+            total.add(Walk(seed).run())
+        except (AssertionError, PlanError):
+            print(f"seed {seed} failed", flush=True)
+            raise
+    results = {
+        "seeds": flags.seeds,
+        "seconds": round(time.monotonic() - begin, 1),
+        **dataclasses.asdict(total),
+    }
+    report.print_table("Random walk", ("what", "count"), list(results.items()))
+    report.write("random_walk", results, [])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
