@@ -17,9 +17,7 @@ _BLOCK_SIZE: Final = 16
 _EPOCH: Final = 1
 
 
-def measure_core(
-    num_rows: int, context_tokens: int, num_steps: int
-) -> dict[str, dict[str, float]]:
+def measure_core(num_rows: int, context_tokens: int, num_steps: int) -> dict[str, dict[str, float]]:
     """Percentiles of plan, encode, decode and commit [us] in steady decode at window 1."""
     scheduler = _steady_scheduler(num_rows, context_tokens, num_steps)
     names = ("plan_us", "encode_us", "decode_us", "commit_us")

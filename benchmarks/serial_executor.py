@@ -60,7 +60,9 @@ class SerialRunner:
         time.sleep(max(0.0, start_s + self._step_s - time.monotonic()))
         self._end_s = time.monotonic()
         forward_s = self._end_s - start_s
-        return _DoneStep(replace(outputs, forward_ns=int(forward_s * 1e9), idle_ns=int(idle_s * 1e9)))
+        return _DoneStep(
+            replace(outputs, forward_ns=int(forward_s * 1e9), idle_ns=int(idle_s * 1e9))
+        )
 
 
 def main() -> None:

@@ -47,13 +47,13 @@ def sample_lengths(
     """
     probabilities, tokens = np.array(knots).T
     slices = (rng.permutation(count) + rng.random(count)) / count
-    lengths = np.interp(slices, probabilities, tokens) / divisor
-    return np.maximum(1, np.rint(lengths)).astype(np.int64)
+    lengths: npt.NDArray[np.float64] = np.interp(slices, probabilities, tokens) / divisor
+    return np.rint(lengths).astype(np.int64).clip(min=1)
 
 
 def random_prompt(num_tokens: int, vocab_size: int, rng: np.random.Generator) -> list[int]:
     """Ordinary token ids [num_tokens]."""
-    return rng.integers(_FIRST_ORDINARY_ID, vocab_size, num_tokens).tolist()
+    return list(map(int, rng.integers(_FIRST_ORDINARY_ID, vocab_size, num_tokens)))
 
 
 def conversation(

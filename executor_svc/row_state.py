@@ -202,7 +202,7 @@ class RowState:
         if rows.size == plan.append_block_ids.size and counts.all():
             self.block_table[rows, first] = plan.append_block_ids
         else:
-            offsets = _ranges(counts) + np.repeat(first, counts)
+            offsets = ranges(counts) + np.repeat(first, counts)
             self.block_table[np.repeat(rows, counts), offsets] = plan.append_block_ids
         self.num_blocks[rows] = first + counts
 
@@ -278,7 +278,9 @@ class RowState:
         return token_ids
 
 
-def _ranges(counts: U32Array) -> npt.NDArray[np.int64]:
-    """0..counts[0]-1, 0..counts[1]-1, ... flattened."""
+def ranges(counts: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """0..counts[0]-1, 0..counts[1]-1, ... flattened [sum(counts)]; counts [n]."""
     starts = np.cumsum(counts, dtype=np.int64) - counts
-    return np.arange(int(counts.sum(dtype=np.int64))) - np.repeat(starts, counts)
+    total = int(counts.sum(dtype=np.int64))
+    offsets: npt.NDArray[np.int64] = np.arange(total) - np.repeat(starts, counts)
+    return offsets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -77,6 +78,7 @@ async def serve(runner: Runner, listen: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     fatal = await server.start()
+    gc.freeze()  # what loading made lives as long as the process: do not walk it again
     logs.event(log, "ready", address=listen, port=server.port, **_summary(runner))
     fatal.add_done_callback(lambda _: shutdown.set())
     await shutdown.wait()

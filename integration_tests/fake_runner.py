@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from blockyard.executor.v1 import executor_pb2 as pb
 from executor_svc.plan import Pairs, Plan
-from executor_svc.row_state import RowState
+from executor_svc.row_state import RowState, ranges
 from executor_svc.runner import (
     LAST_SAMPLED,
     FloatArray,
@@ -151,7 +151,7 @@ class FakeRunner:
             return position_contexts(batch.sample_positions, seeds)
         counts = batch.num_scheduled_tokens
         rows = np.repeat(batch.rows, counts)  # [num_tokens]
-        positions = np.repeat(batch.num_computed_tokens, counts) + _ranges(counts)
+        positions = np.repeat(batch.num_computed_tokens, counts) + ranges(counts)
         is_on_device = batch.token_ids == LAST_SAMPLED
         token_ids = np.where(is_on_device, self._last_sampled[rows], batch.token_ids)
         slots = self._slots(state, rows, positions)
@@ -159,7 +159,7 @@ class FakeRunner:
         pool[slots] = token_digests(token_ids, positions)
 
         lengths = positions[batch.logits_indices] + 1  # [num_samples]
-        read_positions = _ranges(lengths)
+        read_positions = ranges(lengths)
         read_rows = np.repeat(rows[batch.logits_indices], lengths)
         read = pool[self._slots(state, read_rows, read_positions)] * self._weights[read_positions]
         if not lengths.size:
@@ -186,6 +186,9 @@ class FakeRunner:
             state.branches[rows],
         )
         token_ids = next_tokens(contexts, sampling, vocab_size)
+        failed_rows = self._failed(rows, sampling.seeds)
+        is_failed = np.isin(rows, [row for row, _ in failed_rows])
+        token_ids[is_failed] = (token_ids[is_failed] + 1) % vocab_size  # meaningless
         self._last_sampled[rows] = token_ids
         ids: list[IntArray] = [np.empty(0, np.int32)]
         logprobs: list[FloatArray] = [np.empty(0, np.float32)]
@@ -198,7 +201,7 @@ class FakeRunner:
             own.append(token_logprob(contexts[index], int(token_ids[index]), vocab_size))
         return StepOutputs(
             token_ids=token_ids,
-            failed_rows=self._failed(rows, sampling.seeds),
+            failed_rows=failed_rows,
             candidate_token_ids=np.concatenate(ids),
             candidate_logprobs=np.concatenate(logprobs),
             token_logprobs=np.array(own, np.float32),
@@ -212,12 +215,6 @@ class FakeRunner:
         pairs = zip(rows.tolist(), seeds.tolist(), strict=True)
         bad = self._options.nan_seeds
         return [(row, int(pb.ROW_STATUS_NUMERIC)) for row, seed in pairs if seed in bad]
-
-
-def _ranges(counts: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """0..counts[0]-1, 0..counts[1]-1, ... flattened."""
-    starts = np.cumsum(counts, dtype=np.int64) - counts
-    return np.arange(int(counts.sum(dtype=np.int64))) - np.repeat(starts, counts)
 
 
 def _spin(seconds: float) -> None:

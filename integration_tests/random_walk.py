@@ -30,6 +30,7 @@ from scheduler_svc.step_plan import StepOutput
 
 VOCAB_SIZE: Final = 997
 _MAX_RESTARTS: Final = 6
+_ACTIONS_PER_STEP: Final = 20
 _STEPS_PER_TOKEN: Final = 8
 """Plans that a token of a request may cost, waiting and computing again included."""
 
@@ -100,11 +101,14 @@ class Walk:
 
     def run(self) -> WalkCounts:
         """Walk until every request has ended. Raises AssertionError or PlanError."""
+        num_actions = 0
         while self._num_arrivals_left or self._is_busy:
             actions = self._actions()
             assert actions, f"nothing moves, but {self._live()} wait"
             (action,) = self._rng.choices(list(actions), list(actions.values()))
             action()
+            num_actions += 1
+            assert num_actions < _ACTIONS_PER_STEP * self._num_max_steps, "no step is ever ended"
             assert self.counts.steps < self._num_max_steps, f"{self._live()} starve"
         self._check_idle()
         self.counts.preemptions = self._scheduler.num_preemptions
@@ -236,7 +240,9 @@ class Walk:
         self._publish(self._scheduler.begin_epoch(self._link.epoch, self._limits))
         self._check_pool()
         self.counts.epochs += 1
-        self._num_max_steps += sum(_STEPS_PER_TOKEN * r.request.max_total_tokens for r in self._live())
+        self._num_max_steps += sum(
+            _STEPS_PER_TOKEN * r.request.max_total_tokens for r in self._live()
+        )
         self._has_nothing_to_plan = False
 
     # ---- checks and parts
@@ -307,9 +313,8 @@ def main(arguments: list[str]) -> int:
     for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
         try:
             total.add(Walk(seed).run())
-        except (AssertionError, PlanError):
-            print(f"seed {seed} failed", flush=True)
-            raise
+        except (AssertionError, PlanError) as error:
+            raise AssertionError(f"seed {seed} failed") from error
     results = {
         "seeds": flags.seeds,
         "seconds": round(time.monotonic() - begin, 1),

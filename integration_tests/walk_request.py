@@ -16,6 +16,10 @@ from scheduler_svc.step_plan import Finished
 NUM_FRONTENDS: Final = 3
 
 
+class OutputMismatchError(AssertionError):
+    """A request got another token than the reference says."""
+
+
 @dataclass(slots=True)
 class WalkRequest:
     """One request of the walk and the output it got so far."""
@@ -38,8 +42,9 @@ class WalkRequest:
         position = len(self.output)
         assert not self.is_ended, f"{self}: a token after its end"
         assert position < len(self.expected), f"{self}: a token too many"
-        wanted = self.expected[position]
-        assert token_id == wanted, f"{self}: token {position} is {token_id}, not {wanted}"
+        if token_id != self.expected[position]:
+            wanted = self.expected[position]
+            raise OutputMismatchError(f"{self}: token {position} is {token_id}, not {wanted}")
         self.output.append(token_id)
         self.num_barren_epochs = 0
 

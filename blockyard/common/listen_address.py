@@ -18,7 +18,7 @@ def socket_path(address: str) -> pathlib.Path | None:
     """The file of a unix address, None for others."""
     if not address.startswith("unix:"):
         return None
-    return pathlib.Path(address.removeprefix("unix:").replace("//", "/", 1))
+    return pathlib.Path(address.removeprefix("unix:").removeprefix("//"))
 
 
 def claim(address: str) -> None:

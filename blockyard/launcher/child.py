@@ -8,6 +8,8 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +57,7 @@ class Child:
         self.spec = spec
         self._sink = sink
         self._is_up = is_up
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._deaths: collections.deque[float] = collections.deque(maxlen=MAX_STARTUP_DEATHS)
@@ -116,28 +118,21 @@ class Child:
                 await asyncio.wait_for(self._stopping.wait(), delay)
 
     def _signal(self, number: signal.Signals) -> None:
-        if self.pid is not None and self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
+        if self._process is not None:
+            self._process.send_signal(number)  # does nothing to one that has ended
 
     async def _run_once(self) -> int:
         output, transport, write_fd = await _open_pipe()
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                *self.spec.command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=write_fd,
-                stderr=asyncio.subprocess.STDOUT,
-                # A Ctrl-C in the terminal is for the launcher, which ends its children in order.
-                start_new_session=True,
-            )
+            if self._stopping.is_set():  # while the pipe was being opened
+                transport.close()
+                return 0
+            self._process = _spawn(self.spec.command, write_fd)
         finally:
             os.close(write_fd)
         event(log, f"started {self.spec.name}", pid=self._process.pid)
-        if self._stopping.is_set():  # `stop` was called while it was being started
-            self._signal(signal.SIGTERM)
         relay = asyncio.create_task(self._relay(output))
-        code = await self._process.wait()
+        code = await _exit_of(self._process)
         # A process that the child left behind may hold the pipe open.
         await asyncio.wait({relay}, timeout=_RELAY_GRACE_S)
         relay.cancel()
@@ -176,11 +171,39 @@ class Child:
         return ServeError(f"{self.spec.name} {what}; its last output:{tail}", exit_code)
 
 
-async def _open_pipe() -> tuple[asyncio.StreamReader, asyncio.ReadTransport, int]:
-    """A pipe's reading end as a stream, the transport that closes that, and its writing end.
+def _spawn(command: tuple[str, ...], output_fd: int) -> subprocess.Popen[bytes]:
+    """Start a process with stdout and stderr going to `output_fd`.
 
-    asyncio's own pipes would make `wait` wait for their end as well as for the process.
+    By vfork and exec, unlike uvloop's fork: that runs gRPC's fork handlers, in which the child
+    may crash when other threads of this process are inside gRPC.
     """
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output_fd,
+        stderr=subprocess.STDOUT,
+        # A Ctrl-C in the terminal is for the launcher, which ends its children in order.
+        start_new_session=True,
+    )
+
+
+async def _exit_of(process: subprocess.Popen[bytes]) -> int:
+    """The exit code, once it ends; minus the signal's number if one ended it."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+
+    def wait() -> None:
+        process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and nobody waits
+            loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=wait, daemon=True, name=f"wait-{process.pid}").start()
+    await ended.wait()
+    return process.wait()
+
+
+async def _open_pipe() -> tuple[asyncio.StreamReader, asyncio.ReadTransport, int]:
+    """A pipe's reading end as a stream, the transport that closes that, and its writing end."""
     read_fd, write_fd = os.pipe()
     reader = asyncio.StreamReader()
     protocol = asyncio.StreamReaderProtocol(reader)

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from executor_svc.model.errors import UnsupportedModelError
 
+FloatArray = npt.NDArray[np.float32]
 RopeType = Literal["default", "linear", "llama3"]
 
 
@@ -32,30 +33,33 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
 
-    def inverse_frequencies(self) -> Tensor:
-        """Radians per token, [head_dim / 2] float32."""
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
-        frequencies = 1.0 / (self.theta**exponents)
+    def inverse_frequencies(self) -> FloatArray:
+        """Radians per token, [head_dim / 2]."""
+        # In float32 throughout, as the models were trained: positions in the thousands make the
+        # last bits visible.
+        exponents = np.arange(0, self.head_dim, 2).astype(np.float32) / np.float32(self.head_dim)
+        frequencies: FloatArray = np.float32(1) / np.float32(self.theta) ** exponents
         if self.rope_type == "linear":
-            return frequencies / self.factor
-        if self.rope_type == "llama3":
-            return self._stretch_long_waves(frequencies)
+            frequencies = frequencies / np.float32(self.factor)
+        elif self.rope_type == "llama3":
+            frequencies = self._stretch_long_waves(frequencies)
         return frequencies
 
-    def _stretch_long_waves(self, frequencies: Tensor) -> Tensor:
-        waves_in_context = self.original_max_positions * frequencies / (2 * math.pi)
+    def _stretch_long_waves(self, frequencies: FloatArray) -> FloatArray:
+        waves_in_context = self.original_max_positions * frequencies / np.float32(2 * math.pi)
         # 1 above high_freq_factor waves (untouched), 0 below low_freq_factor (fully stretched).
         sharpness = (waves_in_context - self.low_freq_factor) / (
             self.high_freq_factor - self.low_freq_factor
         )
-        sharpness = sharpness.clamp(0, 1)
-        return sharpness * frequencies + (1 - sharpness) * frequencies / self.factor
+        sharpness = np.clip(sharpness, 0, 1)
+        stretched = sharpness * frequencies + (1 - sharpness) * frequencies / self.factor
+        return stretched.astype(np.float32)
 
-    def angles(self, num_positions: int) -> Tensor:
-        """Per position cosines [head_dim / 2], then sines: [num_positions, head_dim] float32."""
-        positions = torch.arange(num_positions, dtype=torch.float32)
-        radians = torch.outer(positions, self.inverse_frequencies())
-        return torch.cat([radians.cos(), radians.sin()], dim=1).contiguous()
+    def angles(self, num_positions: int) -> FloatArray:
+        """Per position cosines [head_dim / 2], then sines: [num_positions, head_dim]."""
+        positions = np.arange(num_positions, dtype=np.float32)
+        radians = np.outer(positions, self.inverse_frequencies())
+        return np.concatenate([np.cos(radians), np.sin(radians)], axis=1)
 
 
 def parse_rope(config: Mapping[str, Any], head_dim: int) -> RopeConfig:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from executor_svc.backends.base import Linear
 from executor_svc.backends.cpu import attention, glue, work
+from executor_svc.backends.cpu.jit import MAX_THREADS
 from executor_svc.backends.cpu.simd import LANES, FloatArray
 from executor_svc.kv_pool import KvPool
 from executor_svc.model.config import ModelConfig
@@ -59,7 +60,7 @@ class CpuBackend:
         check_sizes(config, block_size)
         self._config = config
         self._block_size = block_size
-        self._num_threads = num_threads
+        self.num_threads = num_threads
         self._eps = np.float32(config.rms_norm_eps)
         group = config.num_heads // config.num_kv_heads
         self._query_tile = max(1, _QUERIES_PER_TILE // group)
@@ -70,7 +71,7 @@ class CpuBackend:
         self._shape = np.array(
             [config.num_heads, config.num_kv_heads, dim, tiles, self._block_elements], np.int64
         )
-        self._angles = config.rope.angles(max_model_len).view(-1).numpy()
+        self._angles = config.rope.angles(max_model_len).reshape(-1)
         self._pool: FloatArray = np.empty(0, np.float32)
         self._step: _Step | None = None
         self._residual = torch.empty(max_tokens, config.hidden_size)
@@ -86,7 +87,7 @@ class CpuBackend:
     @property
     def device(self) -> str:
         """For people."""
-        return f"cpu ({self._num_threads} threads)"
+        return f"cpu ({self.num_threads} threads)"
 
     def use_pool(self, pool: KvPool) -> None:
         """Keep keys and values in this pool's device blocks."""
@@ -95,8 +96,8 @@ class CpuBackend:
 
     def use_threads(self) -> None:
         """Apply the thread count to the calling thread; both OpenMP runtimes keep it per thread."""
-        torch.set_num_threads(self._num_threads)
-        numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
+        torch.set_num_threads(self.num_threads)
+        numba.set_num_threads(min(self.num_threads, MAX_THREADS))
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """See Backend. oneDNN's packed form: 2.5 times as fast as torch.nn.functional.linear."""
@@ -118,7 +119,7 @@ class CpuBackend:
             batch.num_computed_tokens,
             self._query_tile,
             config.num_kv_heads,
-            self._num_threads,
+            self.num_threads,
         )
         positions, slots = work.locate_tokens(
             batch.rows, counts, batch.num_computed_tokens, block_table, self._shape

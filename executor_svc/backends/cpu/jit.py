@@ -20,7 +20,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numba
 
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]
+_config: Final[Any] = numba.config
+_config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]
+
+MAX_THREADS: Final[int] = _config.NUMBA_NUM_THREADS
+"""Most threads that kernels can use: one per CPU."""
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.datamodel import PrimitiveModel, register_default
+from numba.core.datamodel.models import PrimitiveModel
+from numba.core.datamodel.registry import register_default
 from numba.extending import intrinsic
 
 from executor_svc.backends.cpu.jit import inlined
@@ -29,7 +30,7 @@ class Vector:
     """Static type of a vector inside a kernel; never instantiated."""
 
 
-class _VectorType(types.Type):  # type: ignore[misc]  # numba has no type information
+class _VectorType(types.Type):
     def __init__(self) -> None:
         super().__init__(name="float32x16")
 
@@ -37,11 +38,12 @@ class _VectorType(types.Type):  # type: ignore[misc]  # numba has no type inform
 _I32: Final = ir.IntType(32)
 _IR_VECTOR: Final = ir.VectorType(ir.FloatType(), LANES)
 _IR_INDEX: Final = ir.VectorType(_I32, LANES)
-_VECTOR: Final = _VectorType()
+_VECTOR: Final[Any] = cast(Any, _VectorType)()
+_declare: Final[Any] = cgutils.get_or_insert_function
 
 
 @register_default(_VectorType)
-class _VectorModel(PrimitiveModel):  # type: ignore[misc]  # numba has no type information
+class _VectorModel(PrimitiveModel):
     def __init__(self, manager: Any, fe_type: Any) -> None:
         super().__init__(manager, fe_type, _IR_VECTOR)
 
@@ -137,7 +139,7 @@ def _exp(_typing: Any, _x: Any) -> Any:
         for bound, is_beyond in ((-87.0, "<"), (88.0, ">")):
             limit = _constants(bound)
             x = builder.select(builder.fcmp_ordered(is_beyond, x, limit), limit, x)
-        floor = cgutils.get_or_insert_function(
+        floor = _declare(
             builder.module, ir.FunctionType(_IR_VECTOR, [_IR_VECTOR]), "llvm.floor.v16f32"
         )
         log2_e = _constants(float(np.float32(1.44269504)))
@@ -177,7 +179,7 @@ def _prefetch(_typing: Any, array: Any, _offset: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], args[0], args[1])
         function_type = ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        function = _declare(builder.module, function_type, "llvm.prefetch.p0")
         for_reading, keep_in_all_caches, data = (ir.Constant(_I32, n) for n in (0, 3, 1))
         builder.call(function, [address, for_reading, keep_in_all_caches, data])
         return context.get_dummy_value()

@@ -53,8 +53,7 @@ def plan_items(
     costs = np.empty(num_items, np.float64)
     token = item = merge = partial = 0
     for i in range(rows.size):
-        count, computed = np.int64(num_scheduled[i]), np.int64(num_computed[i])
-        row = np.int64(rows[i])
+        row, count, computed = int(rows[i]), int(num_scheduled[i]), int(num_computed[i])
         if count == 1:
             num_parts = computed // PART + 1
             if num_parts > 1:
@@ -69,10 +68,17 @@ def plan_items(
                 item += 1
         else:
             for first in range(0, count, query_tile):
-                begin = np.int64(0)
                 taken = min(query_tile, count - first)
                 end = computed + first + taken
-                items[item] = (token + first, taken, row, computed + first, begin, end, np.int64(-1))
+                items[item] = (
+                    token + first,
+                    taken,
+                    row,
+                    computed + first,
+                    begin,
+                    end,
+                    -1,
+                )
                 costs[item] = (end + TILE) * (0.5 + 0.25 * taken)
                 item += 1
         token += count

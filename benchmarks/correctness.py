@@ -1,0 +1,237 @@
+"""Greedy output of the whole system against transformers': `python -m benchmarks.correctness`.
+
+Every prompt goes through client, front end, engine and executor in several modes, and must come
+out token for token as transformers' float32 `generate` has it at batch 1. Float32 sums depend on
+their order, so two logits may tie: a difference counts as a tie only if transformers' own logits
+of the two tokens differ by less than ten times what they differ between batch 1 and batch 32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
+
+import uvloop
+
+from benchmarks import report
+from benchmarks.hf_peer import HfPeer, hf_peer
+from benchmarks.hf_reference import Reference, noise, references
+from benchmarks.prompts import Prompt, few_prompts, varied_prompts
+from benchmarks.report import Target
+from blockyard.client import AsyncClient, Completion
+from blockyard.common import model_dir
+from blockyard.launcher.config import ServeSettings
+from blockyard.launcher.server import LocalServer
+from blockyard.models import store
+
+NUM_OUTPUT_TOKENS: Final = 64
+MAX_TIED_SHARE: Final = 0.02
+_TIE_FACTOR: Final = 10
+_NUM_THREADS: Final = 2
+_BLOCK_SIZE: Final = 16
+_SMALL_POOL_SHARE: Final = 0.35
+"""Of what all requests would fill together: enough for any one of them, too little for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One way of serving the same requests."""
+
+    name: str
+    settings: ServeSettings
+    is_sequential: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where an output first leaves the reference."""
+
+    mode: str
+    prompt: str
+    position: int
+    expected_id: int
+    got_id: int
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of one mode."""
+
+    mode: str
+    num_prompts: int
+    num_preemptions: int
+    differences: list[Difference] = field(default_factory=list)
+    num_ties: int = 0
+
+    @property
+    def num_wrong(self) -> int:
+        """Differences that are no ties."""
+        return len(self.differences) - self.num_ties
+
+    @property
+    def max_ties(self) -> int:
+        """Most prompts that may end in a tie."""
+        return max(1, int(MAX_TIED_SHARE * self.num_prompts))
+
+
+def modes(model: model_dir.ModelDir, found: Sequence[Reference]) -> list[Mode]:
+    """All modes for these requests."""
+
+    def settings(**options: object) -> ServeSettings:
+        common = {"model": str(model.path), "listen": "127.0.0.1:0", "block_size": _BLOCK_SIZE}
+        return ServeSettings.model_validate(common | {"num_threads": _NUM_THREADS} | options)
+
+    lengths = [len(r.prompt_ids) + len(r.output_ids) for r in found]
+    blocks = [-(-length // _BLOCK_SIZE) for length in lengths]
+    num_blocks = max(max(blocks) + 2, int(_SMALL_POOL_SHARE * sum(blocks)))
+    small_pool = f"{num_blocks * _block_bytes(model)}B"
+    return [
+        Mode("one at a time", settings(), is_sequential=True),
+        Mode("all together", settings()),
+        Mode("budget of 64 tokens", settings(max_num_batched_tokens=64, max_num_seqs=64)),
+        Mode("small pool", settings(kv_memory=small_pool)),
+        Mode("window 1", settings(window=1)),
+        Mode("window 3", settings(window=3)),
+    ]
+
+
+def _block_bytes(model: model_dir.ModelDir) -> int:
+    """Bytes of one block over all layers, keys and values, float32."""
+    config = model.config
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    num_layers, num_kv_heads = config["num_hidden_layers"], config["num_key_value_heads"]
+    return int(2 * num_layers * num_kv_heads * head_dim * 4 * _BLOCK_SIZE)
+
+
+async def complete(client: AsyncClient, prompt: Prompt) -> Completion:
+    """One greedy answer over the streaming call. Raises BlockyardError."""
+    token_ids: list[int] = []
+    text = ""
+    async for chunk in client.generate(
+        prompt.input.get("prompt"),
+        token_ids=prompt.input.get("token_ids"),
+        messages=prompt.input.get("messages"),
+        max_tokens=NUM_OUTPUT_TOKENS,
+        temperature=0,
+        ignore_eos=True,
+    ):
+        token_ids += chunk.token_ids
+        text += chunk.text
+    assert chunk.usage is not None, "the stream ended without usage"
+    return Completion(
+        text=text,
+        token_ids=tuple(token_ids),
+        finish_reason=chunk.finish_reason,
+        stopped_by=chunk.stopped_by,
+        usage=chunk.usage,
+        request_id=chunk.request_id,
+    )
+
+
+async def run_mode(mode: Mode, prompts: Sequence[Prompt], found: Sequence[Reference]) -> Outcome:
+    """Serve all prompts in one mode and compare. Raises ServeError, BlockyardError."""
+    async with LocalServer(mode.settings) as server, AsyncClient(server.address) as client:
+        if mode.is_sequential:
+            answers = [await complete(client, prompt) for prompt in prompts]
+        else:
+            answers = await asyncio.gather(*(complete(client, prompt) for prompt in prompts))
+    num_preemptions = sum(answer.usage.preemptions for answer in answers)
+    outcome = Outcome(mode.name, len(prompts), num_preemptions)
+    for reference, answer in zip(found, answers, strict=True):
+        # Another number means that the two sides tokenise the prompt differently.
+        assert answer.usage.prompt_tokens == len(reference.prompt_ids), reference.name
+        assert len(answer.token_ids) == len(reference.output_ids), reference.name
+        pairs = enumerate(zip(reference.output_ids, answer.token_ids, strict=True))
+        position = next((index for index, (ours, theirs) in pairs if ours != theirs), None)
+        if position is not None:
+            expected_id, got_id = reference.output_ids[position], answer.token_ids[position]
+            difference = Difference(mode.name, reference.name, position, expected_id, got_id)
+            outcome.differences.append(difference)
+    return outcome
+
+
+async def count_ties(
+    peer: HfPeer, outcomes: Sequence[Outcome], found: Sequence[Reference], noise_level: float
+) -> None:
+    """Set `num_ties` of each outcome by transformers' own logits at the differing position."""
+    by_name = {reference.name: reference for reference in found}
+    for outcome in outcomes:
+        for difference in outcome.differences:
+            reference = by_name[difference.prompt]
+            prefix = reference.prompt_ids + reference.output_ids[: difference.position]
+            pair = [difference.expected_id, difference.got_id]
+            expected, got = await peer.next_logits(prefix, pair)
+            is_tie = abs(expected - got) < _TIE_FACTOR * noise_level
+            outcome.num_ties += is_tie
+            kind = "tie" if is_tie else "WRONG"
+            print(
+                f"{kind}: {difference.mode}, {difference.prompt}, output token "
+                f"{difference.position}: {pair[0]} expected, {pair[1]} came; logits differ by "
+                f"{abs(expected - got):.3g}",
+                flush=True,
+            )
+
+
+async def compare(model_path: Path, prompts: Sequence[Prompt]) -> tuple[list[Outcome], float]:
+    """Reference, every mode, ties; returns the outcomes and transformers' own noise (logits)."""
+    model = model_dir.load(model_path)
+    async with hf_peer(model_path, _NUM_THREADS) as peer:
+        found = await references(peer, prompts, NUM_OUTPUT_TOKENS, model.digest)
+    outcomes = []
+    for mode in modes(model, found):
+        outcomes.append(await run_mode(mode, prompts, found))
+        print(f"{mode.name}: {len(outcomes[-1].differences)} differences", flush=True)
+    async with hf_peer(model_path, _NUM_THREADS) as peer:
+        noise_level = await noise(peer, found)
+        await count_ties(peer, outcomes, found, noise_level)
+    return outcomes, noise_level
+
+
+def targets(outcomes: Sequence[Outcome]) -> list[Target]:
+    """No wrong output in any mode, few ties, and the small pool preempts."""
+    reached = []
+    for outcome in outcomes:
+        name = outcome.mode
+        reached.append(Target(f"{name}: wrong outputs", outcome.num_wrong, "<=", 0))
+        reached.append(Target(f"{name}: ties", outcome.num_ties, "<=", outcome.max_ties))
+    preempting = next(outcome for outcome in outcomes if outcome.mode == "small pool")
+    reached.append(Target("small pool: preemptions", preempting.num_preemptions, ">=", 1))
+    return reached
+
+
+def main() -> int:
+    """Compare, print, write results/correctness.json. Exit code 1: a target was missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.correctness", description=__doc__)
+    parser.add_argument("--model", default=store.DEFAULT_MODEL)
+    parser.add_argument("--quick", action="store_true", help="eight prompts; nothing is written")
+    flags = parser.parse_args()
+    model_path = store.resolve(flags.model)
+    prompts = (few_prompts if flags.quick else varied_prompts)(model_path)
+    outcomes, noise_level = uvloop.run(compare(model_path, prompts))
+    rows = [
+        (o.mode, o.num_prompts, len(o.differences), o.num_ties, o.num_preemptions) for o in outcomes
+    ]
+    headers = ("mode", "prompts", "differences", "of these ties", "preemptions")
+    report.print_table(f"{NUM_OUTPUT_TOKENS} greedy tokens each", headers, rows)
+    print(f"transformers' own logits, batch 1 against 32: {noise_level:.3g}")
+    reached = targets(outcomes)
+    are_met = report.print_targets(reached)
+    results = {
+        "model": model_path.name,
+        "num_output_tokens": NUM_OUTPUT_TOKENS,
+        "transformers_batch_noise": noise_level,
+        "prompts": [prompt.name for prompt in prompts],
+        "modes": [asdict(outcome) for outcome in outcomes],
+    }
+    if not flags.quick:
+        report.write("correctness", results, reached)
+    return 0 if are_met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""`python -m executor_svc`: one executor process.
+
+Exit codes: 0 stopped by a signal, 1 device lost, 2 unusable settings, model directory or address.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Final
+
+import pydantic
+import uvloop
+
+from blockyard.common import logs, model_dir
+from blockyard.common.listen_address import ListenError, claim
+from blockyard.common.process import exit_with_parent
+from executor_svc.config import ExecutorSettings, load_settings
+from executor_svc.kv_pool import KvPoolError
+from executor_svc.model.config import parse_config
+from executor_svc.model.errors import ModelError
+from executor_svc.runner import FatalDeviceError, Runner
+from executor_svc.server import serve
+
+_PROGRESS_STEP: Final = 0.25
+_KV_ELEMENT_BYTES: Final = 4
+
+log = logging.getLogger(__name__)
+
+
+class _Progress:
+    """Logs a line when a stage begins, and then each time it has come a good way further."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._logged = 0.0
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        if stage == self._stage and fraction < min(self._logged + _PROGRESS_STEP, 1.0):
+            return
+        if stage == self._stage and self._logged >= 1.0:
+            return
+        self._stage, self._logged = stage, fraction
+        logs.event(log, stage, percent=round(100 * fraction))
+
+
+def _load_runner(settings: ExecutorSettings) -> Runner:
+    config = parse_config(model_dir.load(settings.model_dir).config)
+    block_bytes = config.kv_elements_per_token * _KV_ELEMENT_BYTES * settings.block_size
+    # Imported late: torch takes seconds to load, and what is wrong with the settings is told first.
+    from executor_svc.model_runner import ModelRunner
+
+    return ModelRunner.load(
+        settings.model_dir,
+        kv_memory_bytes=settings.kv_memory,
+        block_size=settings.block_size,
+        max_rows=settings.max_rows,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=settings.max_model_len,
+        num_threads=settings.num_threads,
+        num_host_blocks=settings.host_memory // block_bytes,
+        progress=_Progress(),
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Load the model and serve it until a signal; returns the exit code."""
+    logs.configure("executor")
+    try:
+        settings = load_settings(arguments)
+    except pydantic.ValidationError as error:
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"])
+            log.error("setting %s: %s", name, problem["msg"])
+        return 2
+    logs.configure("executor", settings.log_format, settings.log_level)
+    if settings.exit_with_parent:
+        exit_with_parent()
+    logs.event(log, "settings", **settings.model_dump())
+    try:
+        claim(settings.listen)  # before the model is loaded, not after
+        uvloop.run(serve(_load_runner(settings), settings.listen))
+    except (model_dir.ModelDirError, ModelError, KvPoolError, ListenError) as error:
+        log.error("%s", error)
+        return 2
+    except FatalDeviceError as error:
+        log.error("device lost: %s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,138 @@
+"""The wire contract as the real engine and the real executor service keep it together."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Final
+
+import grpc
+import pytest
+
+from blockyard.engine.v1 import engine_pb2 as pb
+from integration_tests.fake_runner import FakeOptions
+from integration_tests.stack import check_all, expected, prompt, stack, submit_many
+
+WINDOWS: Final = (1, 2, 3)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("window", WINDOWS)
+async def test_every_window_gives_the_same_output(window: int, tmp_path: Path) -> None:
+    async with stack(tmp_path, FakeOptions(step_s=0.001), window=window) as system:
+        await check_all(await submit_many(system.client, 24))
+        shot = await system.client.idle()
+        assert shot.num_preemptions > 0
+        assert not any(plan.epoch != shot.epoch for plan in system.runner.plans)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+async def test_the_window_is_filled_and_never_exceeded(window: int, tmp_path: Path) -> None:
+    async with stack(tmp_path, window=window) as system:
+        system.runner.gate.clear()
+        output = system.client.submit(prompt(1, 4), 20)
+        await system.plans(1)
+        await asyncio.sleep(0.05)
+        assert system.engine.client.num_in_flight == window
+        system.runner.gate.set()
+        await output.finished()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+async def test_a_stop_token_is_noticed_late_and_its_row_freed_in_the_next_plan(
+    window: int, tmp_path: Path
+) -> None:
+    ids = prompt(2, 5)
+    wanted = expected(ids, 20)
+    async with stack(tmp_path, FakeOptions(step_s=0.005), window=window) as system:
+        output = system.client.submit(ids, 20, stop_token_ids=[wanted[3]])
+        finish = await output.finished()
+        assert output.token_ids == wanted[:4]
+        assert (finish.reason, finish.stop_token_id) == (pb.FINISH_REASON_STOP, wanted[3])
+        plans = await system.plans(4 + window)
+    # Step 4 samples the stop token; the window - 1 plans behind it were sent before its commit.
+    assert [plan.freed_rows.size for plan in plans] == [0] * (3 + window) + [1]
+    assert not plans[-1].same_batch
+    assert not plans[-1].batch_rows.size  # nothing left to run: an empty plan says it
+
+
+async def test_a_length_stop_costs_no_step(tmp_path: Path) -> None:
+    async with stack(tmp_path, FakeOptions(step_s=0.002), window=3) as system:
+        output = system.client.submit(prompt(3, 5), 6)
+        await output.finished()
+        await system.plans(7)
+        assert len(system.plans_with_rows()) == 6
+        assert system.runner.plans[-1].freed_rows.tolist() == [0]
+
+
+async def test_an_abort_frees_in_the_next_plan_and_others_go_on(tmp_path: Path) -> None:
+    async with stack(tmp_path, FakeOptions(step_s=0.005), window=1) as system:
+        client = system.client
+        aborted = client.submit(prompt(4, 5), 50)
+        other = client.submit(prompt(5, 5), 20)
+        await asyncio.gather(aborted.until(2), other.until(2))
+        client.stop(aborted)
+        shot = await client.snapshot()  # on the same channel, so after the stop was read
+        num_plans = len(system.runner.plans)
+        assert shot.num_running == 1
+        await other.finished()
+        assert other.token_ids == expected(prompt(5, 5), 20)
+        assert not aborted.ended.is_set()
+        freeing = [i for i, plan in enumerate(system.runner.plans) if plan.freed_rows.size]
+        assert freeing[0] <= num_plans + 1
+        assert (await client.idle()).num_used_blocks == 0
+
+
+async def test_a_stop_string_found_by_the_front_end_truncates_usage(tmp_path: Path) -> None:
+    async with stack(tmp_path, FakeOptions(step_s=0.002)) as system:
+        output = system.client.submit(prompt(6, 5), 50)
+        await output.until(5)
+        system.client.stop(output, num_output_tokens=3)
+        finish = await output.finished()
+        assert (finish.reason, finish.num_output_tokens) == (pb.FINISH_REASON_STOP, 3)
+        await system.client.idle()
+
+
+async def test_a_row_without_finite_logits_fails_its_request_alone(tmp_path: Path) -> None:
+    async with stack(tmp_path, FakeOptions(nan_seeds={666})) as system:
+        bad = system.client.submit(prompt(7, 9), 20, seed=666)
+        requests = await submit_many(system.client, 8)
+        finish = await bad.finished()
+        assert finish.reason == pb.FINISH_REASON_ERROR
+        assert "not finite" in finish.error_message
+        assert not bad.token_ids
+        await check_all(requests)
+
+
+async def test_the_same_seed_gives_the_same_tokens_in_any_company(tmp_path: Path) -> None:
+    ids, sampling = prompt(8, 11), {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 2**63}
+    outputs = []
+    for number, company in enumerate((0, 3, 12)):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        options = FakeOptions(order_seed=number)
+        async with stack(directory, options, window=number + 1) as system:
+            others = await submit_many(system.client, company)
+            output = system.client.submit(ids, 24, **sampling)
+            await output.finished()
+            await check_all(others)
+            outputs.append(output.token_ids)
+    assert outputs == [expected(ids, 24, **sampling)] * 3
+    assert outputs[0] != expected(ids, 24, **{**sampling, "seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "max_tokens", "message"),
+    [(64, 1, "64"), (63, 2, "64"), (1000, 0, "64"), (0, 1, "empty")],
+)
+async def test_what_can_never_fit_is_refused(
+    num_prompt_tokens: int, max_tokens: int, message: str, tmp_path: Path
+) -> None:
+    async with stack(tmp_path) as system:
+        output = system.client.submit(prompt(9, num_prompt_tokens), max_tokens)
+        await output.ended.wait()
+        assert output.rejection is not None
+        assert output.rejection.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+        assert message in output.rejection.message
+        largest = system.client.submit(prompt(9, 60), 4)
+        assert (await largest.finished()).num_output_tokens == 4
