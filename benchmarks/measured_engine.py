@@ -165,19 +165,18 @@ class MeasuredEngine(loop.Engine):
             self._recorder.lags.append((now_ns, max(0, now_ns - due_ns)))
 
 
-def main() -> None:
-    """Run the engine with the flags after OUT, then write OUT."""
-    program, path, *flags = sys.argv
-    sys.argv = [program, *flags]
+def main(path: str, flags: list[str]) -> int:
+    """Run the engine with these flags, then write `path`; returns the engine's exit code."""
     recorder = Recorder()
     with (
         mock.patch.object(entry, "Engine", partial(MeasuredEngine, recorder)),
         mock.patch.object(loop, "plan_codec", MeasuredCodec(recorder)),
         mock.patch.object(loop, "FrontendLink", partial(MeasuredLink, recorder)),
     ):
-        entry.main()
+        exit_code = entry.main(flags)
     recorder.save(path)
+    return exit_code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -9,13 +9,12 @@ import logging
 import sys
 from typing import Final
 
-import pydantic
 import uvloop
 
 from blockyard.common import logs, model_dir
 from blockyard.common.listen_address import ListenError, claim
-from blockyard.common.process import exit_with_parent
-from executor_svc.config import ExecutorSettings, load_settings
+from blockyard.common.settings import run_service
+from executor_svc.config import ExecutorSettings
 from executor_svc.kv_pool import KvPoolError
 from executor_svc.model.config import parse_config
 from executor_svc.model.errors import ModelError
@@ -24,6 +23,7 @@ from executor_svc.server import serve
 
 _PROGRESS_STEP: Final = 0.25
 _KV_ELEMENT_BYTES: Final = 4
+DEVICE_LOST: Final = 1
 
 log = logging.getLogger(__name__)
 
@@ -63,30 +63,20 @@ def _load_runner(settings: ExecutorSettings) -> Runner:
     )
 
 
-def main(arguments: list[str]) -> int:
-    """Load the model and serve it until a signal; returns the exit code."""
-    logs.configure("executor")
+def _serve(settings: ExecutorSettings) -> int:
+    claim(settings.listen)  # before the model is loaded, not after
     try:
-        settings = load_settings(arguments)
-    except pydantic.ValidationError as error:
-        for problem in error.errors():
-            name = ".".join(str(part) for part in problem["loc"])
-            log.error("setting %s: %s", name, problem["msg"])
-        return 2
-    logs.configure("executor", settings.log_format, settings.log_level)
-    if settings.exit_with_parent:
-        exit_with_parent()
-    logs.event(log, "settings", **settings.model_dump())
-    try:
-        claim(settings.listen)  # before the model is loaded, not after
         uvloop.run(serve(_load_runner(settings), settings.listen))
-    except (model_dir.ModelDirError, ModelError, KvPoolError, ListenError) as error:
-        log.error("%s", error)
-        return 2
     except FatalDeviceError as error:
         log.error("device lost: %s", error)
-        return 1
+        return DEVICE_LOST
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Load the model and serve it until a signal; returns the exit code."""
+    unusable = (model_dir.ModelDirError, ModelError, KvPoolError, ListenError)
+    return run_service("executor", ExecutorSettings, arguments, _serve, unusable)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
+from blockyard.common.settings import ServiceSettings, settings_config
 from blockyard.common.sizes import parse_size
 
 
@@ -21,19 +20,10 @@ ByteSize = Annotated[int, BeforeValidator(_size)]
 """Bytes; also reads 512MiB, 1.5GB, ..."""
 
 
-class ExecutorSettings(BaseSettings):
-    """One frozen object, validated once. Environment: BLOCKYARD_EXECUTOR_<FIELD>."""
+class ExecutorSettings(ServiceSettings):
+    """One frozen object; nothing else in an executor reads the environment."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="BLOCKYARD_EXECUTOR_",
-        frozen=True,
-        extra="forbid",
-        cli_prog_name="python -m executor_svc",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-    )
+    model_config = settings_config("executor", "executor_svc")
 
     listen: str = Field(description="Address to serve on: unix:/path or host:port.")
     model_dir: Path = Field(description="The model directory, as `blockyard models import` makes.")
@@ -54,13 +44,3 @@ class ExecutorSettings(BaseSettings):
         ge=1,
         description="Threads that compute; not set: one per available CPU.",
     )
-    log_format: Literal["text", "json"] = "text"
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    exit_with_parent: bool = Field(
-        False, description="Die with the process that started this one (Linux)."
-    )
-
-
-def load_settings(arguments: Sequence[str]) -> ExecutorSettings:
-    """Read flags and environment. Exits with a usage message; raises pydantic.ValidationError."""
-    return CliApp.run(ExecutorSettings, cli_args=list(arguments))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -111,20 +111,28 @@ class EngineClient:
 
     async def snapshot(self) -> pb.SnapshotResponse:
         """Queues and pool now; the classes of the pool are checked to sum up."""
-        shot = await self.stub.Snapshot(pb.SnapshotRequest())
+        shot = await self.stub.Snapshot(pb.SnapshotRequest(), wait_for_ready=True)
         assert shot.num_free_blocks + shot.num_used_blocks == shot.num_device_blocks
+        return shot
+
+    async def snapshot_when(
+        self, condition: Callable[[pb.SnapshotResponse], bool]
+    ) -> pb.SnapshotResponse:
+        """The first snapshot for which `condition` holds."""
+        while not condition(shot := await self.snapshot()):
+            await asyncio.sleep(0.005)
         return shot
 
     async def idle(self) -> pb.SnapshotResponse:
         """Wait until nothing runs or waits; returns that snapshot."""
-        while (shot := await self.snapshot()).num_running or shot.num_waiting:  # noqa: ASYNC110 - of another process
-            await asyncio.sleep(0.005)
+        shot = await self.snapshot_when(lambda s: not (s.num_running or s.num_waiting))
         assert shot.num_used_blocks == 0, shot
         return shot
 
     async def watch_until(self, state: pb.WatchExecutorResponse.State.ValueType) -> str:
         """Wait until the executor link is in that state; returns the reason given."""
-        async for update in self.stub.WatchExecutor(pb.WatchExecutorRequest()):
+        request = pb.WatchExecutorRequest()
+        async for update in self.stub.WatchExecutor(request, wait_for_ready=True):
             if update.state == state:
                 return update.message
         raise AssertionError("the watch ended")

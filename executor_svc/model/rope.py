@@ -40,7 +40,7 @@ class RopeConfig:
         exponents = np.arange(0, self.head_dim, 2).astype(np.float32) / np.float32(self.head_dim)
         frequencies: FloatArray = np.float32(1) / np.float32(self.theta) ** exponents
         if self.rope_type == "linear":
-            frequencies = frequencies / np.float32(self.factor)
+            frequencies /= np.float32(self.factor)
         elif self.rope_type == "llama3":
             frequencies = self._stretch_long_waves(frequencies)
         return frequencies
@@ -52,8 +52,9 @@ class RopeConfig:
             self.high_freq_factor - self.low_freq_factor
         )
         sharpness = np.clip(sharpness, 0, 1)
-        stretched = sharpness * frequencies + (1 - sharpness) * frequencies / self.factor
-        return stretched.astype(np.float32)
+        kept = sharpness + (1 - sharpness) / self.factor
+        stretched: FloatArray = (kept * frequencies).astype(np.float32)
+        return stretched
 
     def angles(self, num_positions: int) -> FloatArray:
         """Per position cosines [head_dim / 2], then sines: [num_positions, head_dim]."""

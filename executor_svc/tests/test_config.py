@@ -5,13 +5,13 @@ from __future__ import annotations
 import pydantic
 import pytest
 
-from executor_svc.config import load_settings
+from executor_svc.config import ExecutorSettings
 
 REQUIRED = ["--listen", "unix:/x", "--model-dir", "/m"]
 
 
 def test_defaults_and_flags() -> None:
-    settings = load_settings([*REQUIRED, "--kv-memory", "512MiB", "--exit-with-parent"])
+    settings = ExecutorSettings.parse([*REQUIRED, "--kv-memory", "512MiB", "--exit-with-parent"])
     assert settings.kv_memory == 512 << 20
     assert settings.exit_with_parent
     assert settings.block_size == 16
@@ -22,12 +22,12 @@ def test_defaults_and_flags() -> None:
 def test_environment_yields_to_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLOCKYARD_EXECUTOR_KV_MEMORY", "2GB")
     monkeypatch.setenv("BLOCKYARD_EXECUTOR_MAX_ROWS", "7")
-    settings = load_settings([*REQUIRED, "--max-rows", "9"])
+    settings = ExecutorSettings.parse([*REQUIRED, "--max-rows", "9"])
     assert (settings.kv_memory, settings.max_rows) == (2_000_000_000, 9)
 
 
 def test_settings_are_frozen() -> None:
-    settings = load_settings(REQUIRED)
+    settings = ExecutorSettings.parse(REQUIRED)
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         setattr(settings, "max_rows", 3)  # noqa: B010 - a plain assignment does not type
 
@@ -45,10 +45,10 @@ def test_settings_are_frozen() -> None:
 )
 def test_bad_values(flags: list[str], field: str) -> None:
     with pytest.raises(pydantic.ValidationError) as caught:
-        load_settings([*REQUIRED, *flags])
+        ExecutorSettings.parse([*REQUIRED, *flags])
     assert caught.value.errors()[0]["loc"] == (field,)
 
 
 def test_missing_values() -> None:
     with pytest.raises(pydantic.ValidationError, match="listen"):
-        load_settings([])
+        ExecutorSettings.parse([])

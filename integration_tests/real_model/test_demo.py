@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from blockyard.client import AsyncClient
+from blockyard.client import AsyncClient, Message
 from blockyard.launcher.config import ServeSettings
 from blockyard.launcher.server import LocalServer
 from blockyard.models import store
@@ -20,7 +20,7 @@ MAX_FIRST_TOKEN_S = 20.0
 async def test_a_chat_answer_streams(capsys: pytest.CaptureFixture[str]) -> None:
     store.resolve(store.DEFAULT_MODEL, is_quiet=True)
     begin = time.monotonic()
-    question = {"role": "user", "content": "What is the capital of France?"}
+    question: Message = {"role": "user", "content": "What is the capital of France?"}
     texts: list[str] = []
     arrivals: list[float] = []
     async with (

@@ -1,4 +1,7 @@
-"""`python -m scheduler_svc.engine`: the engine process."""
+"""`python -m scheduler_svc.engine`: the engine process.
+
+Exit codes: 0 stopped by a signal, 2 unusable settings or address.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from grpc_health.v1.health import aio as health
 
 from blockyard.common import logs
 from blockyard.common.grpc_options import LINK_OPTIONS
-from blockyard.common.process import exit_with_parent
+from blockyard.common.listen_address import ListenError, claim
+from blockyard.common.settings import run_service
 from blockyard.engine.v1 import engine_pb2_grpc
 from scheduler_svc.config import EngineSettings
 from scheduler_svc.engine.loop import Engine
@@ -24,13 +28,22 @@ from scheduler_svc.engine.service import EngineServicer
 logger = logging.getLogger("scheduler_svc.engine")
 
 
-async def serve(settings: EngineSettings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises RuntimeError if the address cannot be bound."""
-    engine = Engine(settings)
+def _bind(engine: Engine, listen: str) -> grpc.aio.Server:
+    claim(listen)
     server = grpc.aio.server(options=LINK_OPTIONS)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(engine), server)
     health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
-    server.add_insecure_port(settings.listen)
+    try:
+        server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise ListenError(f"{listen}: cannot listen there; is the port in use?") from error
+    return server
+
+
+async def serve(settings: EngineSettings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ListenError."""
+    engine = Engine(settings)
+    server = _bind(engine, settings.listen)
     await server.start()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -46,18 +59,15 @@ async def serve(settings: EngineSettings) -> None:
     await server.stop(grace=1.0)
 
 
-def main() -> None:
-    """Parse flags and run. Exit code 2: the address cannot be used."""
-    settings = EngineSettings(_cli_parse_args=True)  # type: ignore[call-arg]  # pydantic's own
-    logs.configure("engine", settings.log_format, settings.log_level)
-    if settings.exit_with_parent:
-        exit_with_parent()
-    try:
+def main(arguments: list[str]) -> int:
+    """Run until stopped; returns the exit code."""
+
+    def run(settings: EngineSettings) -> int:
         uvloop.run(serve(settings))
-    except RuntimeError as error:
-        logger.error("cannot listen on %s: %s", settings.listen, error)
-        sys.exit(2)
+        return 0
+
+    return run_service("engine", EngineSettings, arguments, run, (ListenError,))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -112,18 +112,14 @@ class CpuBackend:
 
     def begin_step(self, batch: StepBatch, block_table: IntArray) -> None:
         """See Backend."""
-        config, counts = self._config, batch.num_scheduled_tokens
+        config = self._config
+        rows = batch.rows.astype(np.int64)
+        counts = batch.num_scheduled_tokens.astype(np.int64)
+        computed = batch.num_computed_tokens.astype(np.int64)
         items, merges, begins = work.plan_items(
-            batch.rows,
-            counts,
-            batch.num_computed_tokens,
-            self._query_tile,
-            config.num_kv_heads,
-            self.num_threads,
+            rows, counts, computed, self._query_tile, config.num_kv_heads, self.num_threads
         )
-        positions, slots = work.locate_tokens(
-            batch.rows, counts, batch.num_computed_tokens, block_table, self._shape
-        )
+        positions, slots = work.locate_tokens(rows, counts, computed, block_table, self._shape)
         num_partials = int(merges[:, 2].sum())
         partials = np.empty(num_partials * config.num_heads * (config.head_dim + 2), np.float32)
         self._step = _Step(positions, slots, block_table, items, merges, begins, partials)

@@ -45,7 +45,8 @@ _declare: Final[Any] = cgutils.get_or_insert_function
 @register_default(_VectorType)
 class _VectorModel(PrimitiveModel):
     def __init__(self, manager: Any, fe_type: Any) -> None:
-        super().__init__(manager, fe_type, _IR_VECTOR)
+        # numba does not annotate its constructors.
+        super().__init__(manager, fe_type, _IR_VECTOR)  # type: ignore[no-untyped-call]
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:

@@ -182,6 +182,7 @@ def score_span(
     scores: FloatArray,
     num_queries: int,
 ) -> None:
+    """Scores [num_queries, PART] of queries [num_queries, dim] against a span of tiles."""
     dim = shape[2]
     for tile in range(num_tiles):
         keys = _tile_address(table, first_tile + tile, head_offset, shape)
@@ -208,6 +209,7 @@ def weigh_span(
     sums: FloatArray,
     num_queries: int,
 ) -> None:
+    """Add a span's values, weighted by scores [num_queries, PART], to sums [num_queries, dim]."""
     dim = shape[2]
     num_tiles = (num_tokens + TILE - 1) // TILE
     for tile in range(num_tiles):

@@ -28,9 +28,9 @@ TOKEN, COUNT, ROW, POSITION, BEGIN, END, PARTIAL = range(7)
 
 @kernel
 def plan_items(
-    rows: IntArray,
-    num_scheduled: IntArray,
-    num_computed: IntArray,
+    rows: IndexArray,
+    num_scheduled: IndexArray,
+    num_computed: IndexArray,
     query_tile: int,
     num_kv_heads: int,
     num_threads: int,
@@ -75,7 +75,7 @@ def plan_items(
                     taken,
                     row,
                     computed + first,
-                    begin,
+                    0,
                     end,
                     -1,
                 )
@@ -103,9 +103,9 @@ def _share(costs: npt.NDArray[np.float64], num_kv_heads: int, num_threads: int) 
 
 @kernel
 def locate_tokens(
-    rows: IntArray,
-    num_scheduled: IntArray,
-    num_computed: IntArray,
+    rows: IndexArray,
+    num_scheduled: IndexArray,
+    num_computed: IndexArray,
     block_table: IntArray,
     shape: IndexArray,
 ) -> tuple[IndexArray, IndexArray]:

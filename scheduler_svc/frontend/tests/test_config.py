@@ -5,7 +5,7 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from scheduler_svc.frontend.config import load_settings
+from scheduler_svc.frontend.config import FrontendSettings
 
 REQUIRED = ["--engine", "unix:/e", "--model-dir", "/m"]
 
@@ -13,7 +13,7 @@ REQUIRED = ["--engine", "unix:/e", "--model-dir", "/m"]
 def test_flags_are_kebab_case_and_win_over_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLOCKYARD_FRONTEND_MAX_BUFFERED_TOKENS", "7")
     monkeypatch.setenv("BLOCKYARD_FRONTEND_LISTEN", "0.0.0.0:1")
-    settings = load_settings([*REQUIRED, "--listen", "127.0.0.1:2", "--reuse-port"])
+    settings = FrontendSettings.parse([*REQUIRED, "--listen", "127.0.0.1:2", "--reuse-port"])
     assert (settings.engine, settings.model_dir) == ("unix:/e", Path("/m"))
     assert (settings.listen, settings.max_buffered_tokens) == ("127.0.0.1:2", 7)
     assert settings.reuse_port
@@ -21,7 +21,7 @@ def test_flags_are_kebab_case_and_win_over_environment(monkeypatch: pytest.Monke
 
 
 def test_settings_are_frozen() -> None:
-    settings = load_settings(REQUIRED)
+    settings = FrontendSettings.parse(REQUIRED)
     field = "listen"
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         setattr(settings, field, "x")
@@ -38,4 +38,4 @@ def test_settings_are_frozen() -> None:
 )
 def test_bad_values_name_the_field(flags: list[str], field: str) -> None:
     with pytest.raises(pydantic.ValidationError, match=field):
-        load_settings(flags)
+        FrontendSettings.parse(flags)
