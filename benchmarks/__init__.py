@@ -1,1 +1,9 @@
-"""Workloads, peers and measurements: one command each, results as JSON under results/."""
+"""Workloads, peers and measurements. Each command prints a table and writes results/NAME.json.
+
+    python -m benchmarks.bench_control    what scheduling and the wire cost; no model
+    python -m benchmarks.bench_streams    256 streams through the front end; no model
+    python -m benchmarks.bench_cpu        the whole system beside transformers, on this CPU
+    python -m benchmarks.correctness      greedy output, token for token, against transformers
+
+Exit codes: 0 all targets met, 1 one missed, 2 it could not run.
+"""

@@ -22,7 +22,7 @@ from benchmarks import report
 from benchmarks.control_core import measure_core
 from benchmarks.engine_driver import EngineDriver, engine_driver
 from benchmarks.measured_engine import PLAN_COLUMNS, RESULT_COLUMNS
-from benchmarks.processes import Processes, processes
+from benchmarks.processes import ProcessError, Processes, processes
 from benchmarks.report import Target, percentiles
 
 BUSY_MS: Final = 2.0
@@ -228,13 +228,17 @@ async def measure(repeats: int, num_steps: int) -> dict[str, dict[str, dict[str,
 
 
 def main() -> int:
-    """Measure, print, write results/control.json. Exit code 1: a target was missed."""
+    """Measure, print, write results/control.json; exit codes as in benchmarks/__init__.py."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_control", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500, help="measured per case and repeat")
     flags = parser.parse_args()
     core = {f"{rows} rows": measure_core(rows, 2000, flags.steps) for rows in (256, 1024)}
-    summaries = uvloop.run(measure(flags.repeats, flags.steps))
+    try:
+        summaries = uvloop.run(measure(flags.repeats, flags.steps))
+    except ProcessError as error:
+        print(f"cannot run: {error}", file=sys.stderr)
+        return 2
     rows = [(name, *(part["p50"] for part in parts.values())) for name, parts in core.items()]
     report.print_table("Scheduler and codec alone, one process, p50", ("", *core["256 rows"]), rows)
     print_cases(summaries)

@@ -29,14 +29,16 @@ from benchmarks.client_load import (
     run_request,
 )
 from benchmarks.cpu_pairs import BATCH_SIZES, Comparison, Contest
-from benchmarks.hf_peer import hf_peer
+from benchmarks.hf_peer import PeerError, hf_peer
 from benchmarks.report import Target
 from benchmarks.workloads import Work, conversation, equal
-from blockyard.client import AsyncClient
+from blockyard.client import AsyncClient, BlockyardError
 from blockyard.common import model_dir
+from blockyard.launcher.child import ServeError
 from blockyard.launcher.config import ServeSettings
 from blockyard.launcher.server import LocalServer
 from blockyard.models import store
+from blockyard.models.errors import ModelImportError
 
 NUM_THREADS: Final = 2
 _NUM_DECODING: Final = 8
@@ -147,7 +149,7 @@ async def measure(model_path: Path, loads: Sequence[Workload]) -> Results:
     settings = ServeSettings(
         model=str(model_path), listen="127.0.0.1:0", num_threads=NUM_THREADS, log_level="WARNING"
     )
-    async with LocalServer(settings) as server, hf_peer(model_path, NUM_THREADS) as peer:
+    async with hf_peer(model_path, NUM_THREADS) as peer, LocalServer(settings) as server:
         contest = Contest(server, peer)
         await contest.warm_up(equal(2, model.vocab_size, num_prompt_tokens=16, num_output_tokens=8))
         arrival = await measure_arrival(server.address, model.vocab_size)
@@ -215,15 +217,20 @@ def targets(results: Results, loads: Sequence[Workload]) -> list[Target]:
 
 
 def main() -> int:
-    """Measure, print, write results/cpu.json. Exit code 1: a target was missed."""
+    """Measure, print, write results/cpu.json; exit codes as in benchmarks/__init__.py."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_cpu", description=__doc__)
     parser.add_argument("--model", default=store.DEFAULT_MODEL)
     parser.add_argument("--pairs", type=int, default=1, help="of the two long workloads")
     parser.add_argument("--quick", action="store_true", help="small loads; nothing is written")
     flags = parser.parse_args()
-    model_path = store.resolve(flags.model)
-    loads = workloads(model_dir.load(model_path).vocab_size, flags.pairs, is_quick=flags.quick)
-    results = uvloop.run(measure(model_path, loads))
+    try:
+        model_path = store.resolve(flags.model)
+        vocab_size = model_dir.load(model_path).vocab_size
+        loads = workloads(vocab_size, flags.pairs, is_quick=flags.quick)
+        results = uvloop.run(measure(model_path, loads))
+    except (ModelImportError, ServeError, PeerError, BlockyardError) as error:
+        print(f"cannot run: {error}", file=sys.stderr)
+        return 2
     print_results(results)
     reached = targets(results, loads)
     are_met = report.print_targets(reached)

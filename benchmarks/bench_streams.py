@@ -32,10 +32,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks import report
 from benchmarks.engine_driver import engine_driver
-from benchmarks.processes import Processes, cpu_seconds, pin, processes
+from benchmarks.processes import ProcessError, Processes, cpu_seconds, pin, processes
 from benchmarks.report import Target, percentiles
 from benchmarks.workloads import Work, equal
-from blockyard.client import AsyncClient
+from blockyard.client import AsyncClient, BlockyardError
 from blockyard.common import model_dir
 from integration_tests.reference import reference_output
 
@@ -289,7 +289,7 @@ def targets(summaries: dict[str, PhaseSummary]) -> list[Target]:
 
 
 def main() -> int:
-    """Measure, print, write results/streams.json. Exit code 1: a target was missed."""
+    """Measure, print, write results/streams.json; exit codes as in benchmarks/__init__.py."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_streams", description=__doc__)
     parser.add_argument("--tokens", type=int, default=300, help="output tokens of each stream")
     flags = parser.parse_args()
@@ -300,7 +300,11 @@ def main() -> int:
         num_output_tokens=flags.tokens,
     )
     expected = [reference_output(w.token_ids, w.num_output_tokens, _VOCAB_SIZE) for w in works]
-    phases, lags = uvloop.run(measure(works))
+    try:
+        phases, lags = uvloop.run(measure(works))
+    except (ProcessError, BlockyardError) as error:
+        print(f"cannot run: {error}", file=sys.stderr)
+        return 2
     summaries = {phase.name: summarise(phase, lags, expected) for phase in phases}
     print_phases(summaries)
     reached = targets(summaries)

@@ -19,15 +19,17 @@ from typing import Final
 import uvloop
 
 from benchmarks import report
-from benchmarks.hf_peer import HfPeer, hf_peer
+from benchmarks.hf_peer import HfPeer, PeerError, hf_peer
 from benchmarks.hf_reference import Reference, noise, references
 from benchmarks.prompts import Prompt, few_prompts, varied_prompts
 from benchmarks.report import Target
-from blockyard.client import AsyncClient, Completion
+from blockyard.client import AsyncClient, BlockyardError, Completion
 from blockyard.common import model_dir
+from blockyard.launcher.child import ServeError
 from blockyard.launcher.config import ServeSettings
 from blockyard.launcher.server import LocalServer
 from blockyard.models import store
+from blockyard.models.errors import ModelImportError
 
 NUM_OUTPUT_TOKENS: Final = 64
 MAX_TIED_SHARE: Final = 0.02
@@ -205,14 +207,18 @@ def targets(outcomes: Sequence[Outcome]) -> list[Target]:
 
 
 def main() -> int:
-    """Compare, print, write results/correctness.json. Exit code 1: a target was missed."""
+    """Compare, print, write results/correctness.json; exit codes as in benchmarks/__init__.py."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.correctness", description=__doc__)
     parser.add_argument("--model", default=store.DEFAULT_MODEL)
     parser.add_argument("--quick", action="store_true", help="eight prompts; nothing is written")
     flags = parser.parse_args()
-    model_path = store.resolve(flags.model)
-    prompts = (few_prompts if flags.quick else varied_prompts)(model_path)
-    outcomes, noise_level = uvloop.run(compare(model_path, prompts))
+    try:
+        model_path = store.resolve(flags.model)
+        prompts = (few_prompts if flags.quick else varied_prompts)(model_path)
+        outcomes, noise_level = uvloop.run(compare(model_path, prompts))
+    except (ModelImportError, ServeError, PeerError, BlockyardError) as error:
+        print(f"cannot run: {error}", file=sys.stderr)
+        return 2
     rows = [
         (o.mode, o.num_prompts, len(o.differences), o.num_ties, o.num_preemptions) for o in outcomes
     ]

@@ -46,14 +46,17 @@ class HfPeer:
         assert all(len(ids) == num_output_tokens for ids in answer["token_ids"])
         return float(answer["seconds"])
 
-    async def greedy(self, token_ids: list[int], num_output_tokens: int) -> list[int]:
-        """Greedy output ids at batch 1; nothing ends it early."""
+    async def greedy(self, token_ids: list[list[int]], num_output_tokens: int) -> list[list[int]]:
+        """Greedy output ids at batch 1 of each sequence; nothing ends them early.
+
+        Costs least for sequences of like lengths.
+        """
         answer = await self._call(
             "greedy", token_ids=token_ids, num_output_tokens=num_output_tokens
         )
-        ids: list[int] = answer["token_ids"]
-        assert len(ids) == num_output_tokens
-        return ids
+        outputs: list[list[int]] = answer["token_ids"]
+        assert all(len(ids) == num_output_tokens for ids in outputs)
+        return outputs
 
     async def next_logits(self, token_ids: list[int], candidates: list[int]) -> list[float]:
         """Logits of `candidates` after `token_ids`, at batch 1."""

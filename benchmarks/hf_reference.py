@@ -14,6 +14,8 @@ from benchmarks.hf_peer import HfPeer
 from benchmarks.prompts import Prompt
 from benchmarks.report import LOCAL_DIR, versions
 
+_GROUP_SIZE: Final = 16
+_LONGEST_IN_GROUP: Final = 300  # tokens
 _NOISE_BATCH: Final = 32
 _NOISE_POSITIONS: Final = 16
 _LONGEST_IN_NOISE: Final = 200
@@ -41,18 +43,33 @@ async def references(
         stored = json.loads(path.read_text(encoding="utf-8"))
         return [Reference(**reference) for reference in stored]
     token_ids = await peer.tokenize(inputs)
-    found = []
-    for prompt, ids in tqdm(
-        zip(prompts, token_ids, strict=True), total=len(prompts), desc="transformers, batch 1"
-    ):
-        output_ids = await peer.greedy(ids, num_output_tokens)
-        found.append(Reference(prompt.name, ids, output_ids))
+    outputs: dict[int, list[int]] = {}
+    with tqdm(total=len(prompts), desc="transformers") as progress:
+        for group in _groups(token_ids):
+            answers = await peer.greedy([token_ids[i] for i in group], num_output_tokens)
+            outputs |= zip(group, answers, strict=True)
+            progress.update(len(group))
+    found = [
+        Reference(prompt.name, ids, outputs[index])
+        for index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True))
+    ]
     LOCAL_DIR.mkdir(exist_ok=True)
     stored = [
         {"name": r.name, "prompt_ids": r.prompt_ids, "output_ids": r.output_ids} for r in found
     ]
     path.write_text(json.dumps(stored), encoding="utf-8")
     return found
+
+
+def _groups(token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices in groups of like lengths; a long prompt is a group of its own."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(token_ids)), key=lambda i: len(token_ids[i])):
+        is_long = len(token_ids[index]) > _LONGEST_IN_GROUP
+        if not groups or is_long or len(groups[-1]) == _GROUP_SIZE:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
 
 
 async def noise(peer: HfPeer, found: Sequence[Reference]) -> float:

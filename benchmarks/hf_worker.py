@@ -17,6 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.gemm_bound import GemmStep
+
 Answer = dict[str, Any]
 Sequences = list[list[int]]
 
@@ -29,6 +31,7 @@ class Worker:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         self._model = cast("Any", model)
         self._model.eval()
+        self._gemms: GemmStep | None = None
         eos = self._model.generation_config.eos_token_id
         self._pad_token_id: Final[int] = eos[0] if isinstance(eos, list) else eos
 
@@ -69,9 +72,32 @@ class Worker:
         seconds = time.perf_counter() - start_s
         return {"seconds": seconds, "token_ids": output[:, batch.shape[1] :].tolist()}
 
-    def greedy(self, token_ids: list[int], num_output_tokens: int) -> Answer:
-        """Batch 1, with no token that ends it: what the model itself says, step by step."""
-        batch, mask = self._padded([token_ids])
+    def greedy(self, token_ids: Sequences, num_output_tokens: int) -> Answer:
+        """What the model itself says at batch 1, with no token that ends it, per sequence.
+
+        One batch of all proposes; then a pass over each whole sequence at batch 1 decides. An
+        output whose every token is the likeliest after those before it is the greedy output;
+        from the first token that is not, it is generated again, alone.
+        """
+        outputs = []
+        for ids, proposed in zip(
+            token_ids, self._continue(token_ids, num_output_tokens), strict=True
+        ):
+            logits = self._logits([ids + proposed], num_output_tokens + 1)[0, :-1]
+            best = logits.argmax(-1).tolist()
+            pairs = enumerate(zip(proposed, best, strict=True))
+            first = next((index for index, (ours, alone) in pairs if ours != alone), None)
+            if first is not None:
+                kept = [*proposed[:first], best[first]]
+                num_missing = num_output_tokens - len(kept)
+                rest = self._continue([ids + kept], num_missing)[0] if num_missing else []
+                proposed = kept + rest
+            outputs.append(proposed)
+        return {"token_ids": outputs}
+
+    def _continue(self, token_ids: Sequences, num_output_tokens: int) -> Sequences:
+        """Greedy continuations in one batch; end-of-sequence tokens do not end them."""
+        batch, mask = self._padded(token_ids)
         config = self._model.generation_config
         config.eos_token_id, eos = None, config.eos_token_id
         try:
@@ -84,7 +110,8 @@ class Worker:
             )
         finally:
             config.eos_token_id = eos
-        return {"token_ids": output[0, batch.shape[1] :].tolist()}
+        continuations: Sequences = output[:, batch.shape[1] :].tolist()
+        return continuations
 
     def next_logits(self, token_ids: list[int], candidates: list[int]) -> Answer:
         """Logits of `candidates` as the token after `token_ids`, at batch 1."""
@@ -102,6 +129,12 @@ class Worker:
             alone = self._logits([ids], num_positions)[0]
             largest = max(largest, float((row - alone).abs().max()))
         return {"largest_difference": largest, "batch_size": len(token_ids)}
+
+    def gemm_step(self, num_rows: int) -> Answer:
+        """Time of a decode step's matrix products alone, in this process, with its threads."""
+        if self._gemms is None:
+            self._gemms = GemmStep(self._model.config.to_dict())
+        return {"seconds": self._gemms.seconds(num_rows)}
 
     def _logits(self, token_ids: Sequences, num_positions: int) -> torch.Tensor:
         """Logits [batch, num_positions, vocab_size] at the end of each sequence."""
@@ -139,7 +172,7 @@ def main() -> None:
         call.__name__: call
         for call in (
             *(worker.describe, worker.tokenize, worker.generate, worker.greedy),
-            *(worker.next_logits, worker.batch_noise),
+            *(worker.next_logits, worker.batch_noise, worker.gemm_step),
         )
     }
     with torch.inference_mode():

@@ -102,14 +102,15 @@ class ModelRunner:
         config = parse_config(directory.config)
         model_len = _model_len(config, max_model_len)
         backend = CpuBackend(config, block_size, max_num_batched_tokens, model_len, num_threads)
-        num_blocks = KvPool.num_blocks(kv_memory_bytes, backend.block_bytes)
+        block_bytes = backend.block_bytes
+        num_blocks = KvPool.num_blocks(kv_memory_bytes, block_bytes)
         backend.use_threads()
         with torch.inference_mode(), Weights(directory.weight_files) as weights:
             model = load_llama(
                 config, weights, backend, lambda done: report("loading weights", done)
             )
         report("allocating blocks", 0.0)
-        pool = KvPool(num_blocks, num_host_blocks, backend.block_bytes)
+        pool = KvPool(num_blocks, num_host_blocks, block_bytes)
         backend.use_pool(pool)
         info = RunnerInfo(
             model_digest=directory.digest,
@@ -121,7 +122,7 @@ class ModelRunner:
             num_host_blocks=num_host_blocks,
             max_rows=max_rows,
             max_num_batched_tokens=max_num_batched_tokens,
-            block_bytes=backend.block_bytes,
+            block_bytes=block_bytes,
             device=backend.device,
         )
         runner = cls(info, model, backend, pool)
@@ -129,6 +130,11 @@ class ModelRunner:
         runner._warm_up()
         report("ready", 1.0)
         return runner
+
+    @property
+    def pool(self) -> KvPool:
+        """The blocks."""
+        return self._pool
 
     @property
     def info(self) -> RunnerInfo:
@@ -144,12 +150,10 @@ class ModelRunner:
         return _FinishedStep(self._step(state, batch))
 
     def _move(self, plan: Plan) -> None:
-        pool = self._pool
-        pool.swap_out(plan.swap_out)
-        pool.copy(plan.copy)
-        pool.swap_in(plan.swap_in)
-        if plan.fork_src_rows.size:
-            self._recent[plan.fork_dst_rows] = self._recent[plan.fork_src_rows]
+        # Forks move no token: forked rows get every input from the scheduler.
+        self._pool.swap_out(plan.swap_out)
+        self._pool.copy(plan.copy)
+        self._pool.swap_in(plan.swap_in)
 
     @torch.inference_mode()
     def _step(self, state: RowState, batch: StepBatch) -> StepOutputs:

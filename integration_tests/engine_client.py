@@ -21,10 +21,11 @@ from blockyard.engine.v1 import engine_pb2_grpc as pb_grpc
 _Call = grpc.aio.StreamStreamCall[pb.ConnectRequest, pb.ConnectResponse]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Output:
     """What came for one request. `ended` is set by a finish, a rejection or the stream's end."""
 
+    request_id: int
     token_ids: list[int] = field(default_factory=list)
     finish: pb.Finish | None = None
     rejection: pb.Rejection | None = None
@@ -92,21 +93,20 @@ class EngineClient:
 
     def submit(self, prompt: Sequence[int], max_tokens: int, **fields: Any) -> Output:
         """Send one request; `fields` are Submit's. Greedy unless they say otherwise."""
-        request_id = fields.pop("request_id", len(self.outputs) + 1)
-        self.outputs[request_id] = output = Output()
-        submit = pb.Submit(
-            request_id=request_id,
-            prompt_token_ids=pack_u32(prompt),
-            max_tokens=max_tokens,
-            **fields,
-        )
+        output, submit = self._new_request(prompt, max_tokens, **fields)
         self._send(pb.ConnectRequest(submit=pb.SubmitBatch(submits=[submit])))
         return output
 
+    def submit_many(self, requests: Sequence[tuple[Sequence[int], int]]) -> list[Output]:
+        """Send greedy requests (prompt, max_tokens) in one batch."""
+        created = [self._new_request(prompt, max_tokens) for prompt, max_tokens in requests]
+        batch = pb.SubmitBatch(submits=[submit for _, submit in created])
+        self._send(pb.ConnectRequest(submit=batch))
+        return [output for output, _ in created]
+
     def stop(self, output: Output, num_output_tokens: int = 0) -> None:
         """End a request early; 0 aborts it."""
-        request_id = next(i for i, known in self.outputs.items() if known is output)
-        stops = pb.StopBatch(request_ids=[request_id], num_output_tokens=[num_output_tokens])
+        stops = pb.StopBatch(request_ids=[output.request_id], num_output_tokens=[num_output_tokens])
         self._send(pb.ConnectRequest(stop=stops))
 
     async def snapshot(self) -> pb.SnapshotResponse:
@@ -119,7 +119,7 @@ class EngineClient:
         self, condition: Callable[[pb.SnapshotResponse], bool]
     ) -> pb.SnapshotResponse:
         """The first snapshot for which `condition` holds."""
-        while not condition(shot := await self.snapshot()):
+        while not condition(shot := await self.snapshot()):  # noqa: ASYNC110 - another process's
             await asyncio.sleep(0.005)
         return shot
 
@@ -129,13 +129,24 @@ class EngineClient:
         assert shot.num_used_blocks == 0, shot
         return shot
 
-    async def watch_until(self, state: pb.WatchExecutorResponse.State.ValueType) -> str:
-        """Wait until the executor link is in that state; returns the reason given."""
+    async def watch_until(
+        self, state: pb.WatchExecutorResponse.State.ValueType, reason: str = ""
+    ) -> pb.WatchExecutorResponse:
+        """Wait until the executor link is in that state for a reason that contains `reason`."""
         request = pb.WatchExecutorRequest()
         async for update in self.stub.WatchExecutor(request, wait_for_ready=True):
-            if update.state == state:
-                return update.message
+            if update.state == state and reason in update.message:
+                return update
         raise AssertionError("the watch ended")
+
+    def _new_request(
+        self, prompt: Sequence[int], max_tokens: int, **fields: Any
+    ) -> tuple[Output, pb.Submit]:
+        request_id = len(self.outputs) + 1
+        self.outputs[request_id] = output = Output(request_id)
+        fields = {"prompt_token_ids": pack_u32(prompt), **fields}
+        submit = pb.Submit(request_id=request_id, max_tokens=max_tokens, **fields)
+        return output, submit
 
     def _send(self, frame: pb.ConnectRequest) -> None:
         self._outbox.put_nowait(frame)

@@ -69,6 +69,10 @@ class Process:
         """SIGSTOP: it lives, but does nothing."""
         os.kill(self.pid, signal.SIGSTOP)
 
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+
     async def stop(self) -> int:
         """SIGTERM, or SIGKILL if that takes too long; returns the exit code."""
         try:

@@ -54,7 +54,7 @@ class PublicClient:
             ],
         )
         self.stub: pb_grpc.GenerateServiceAsyncStub = pb_grpc.GenerateServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)  # its stubs name no methods
 
     async def __aenter__(self) -> Self:
         return self
@@ -73,10 +73,10 @@ class PublicClient:
         while True:
             try:
                 answer = await self._health.Check(request, wait_for_ready=True)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
             except grpc.aio.AioRpcError:
-                continue
-            if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                return
+                pass  # it is just being replaced
             await asyncio.sleep(0.02)
 
     async def generate(

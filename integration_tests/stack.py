@@ -19,6 +19,9 @@ from scheduler_svc.engine.loop import Engine
 
 INFO: Final = fake_info(33, block_size=4, max_rows=8, max_model_len=64, max_num_batched_tokens=24)
 
+TIMEOUT_S: Final = 30.0
+"""A test that takes longer fails, and still leaves nothing behind."""
+
 
 class Stack:
     """Engine, executor and one front end's stream, in one loop over unix sockets."""
@@ -51,6 +54,7 @@ async def stack(
     listen = f"unix:{directory}/executor.sock"
     address = f"unix:{directory}/engine.sock"
     async with (
+        asyncio.timeout(TIMEOUT_S),
         executor_in_process(runner, listen),
         engine_in_process(address, executor or listen, **settings) as engine,
         EngineClient(address) as client,

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import grpc
+import grpc.aio
 import pytest
 
+from blockyard.common.columns import pack_u32
 from blockyard.engine.v1 import engine_pb2 as pb
 from integration_tests.fake_runner import FakeOptions
-from integration_tests.stack import check_all, expected, prompt, stack, submit_many
+from integration_tests.stack import INFO, check_all, expected, prompt, stack, submit_many
 
 WINDOWS: Final = (1, 2, 3)
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("window", WINDOWS)
 async def test_every_window_gives_the_same_output(window: int, tmp_path: Path) -> None:
     async with stack(tmp_path, FakeOptions(step_s=0.001), window=window) as system:
@@ -136,3 +138,78 @@ async def test_what_can_never_fit_is_refused(
         assert message in output.rejection.message
         largest = system.client.submit(prompt(9, 60), 4)
         assert (await largest.finished()).num_output_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt_token_ids": b"12345"}, "whole number"),
+        ({"prompt_token_ids": pack_u32([INFO.vocab_size])}, "vocabulary"),
+        ({"stop_token_ids": [INFO.vocab_size]}, "vocabulary"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"max_tokens": 2**32 - 1}, "exceed"),
+    ],
+    ids=str,
+)
+async def test_a_bad_submit_is_refused_by_itself(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    async with stack(tmp_path) as system:
+        good = await submit_many(system.client, 2)
+        bad = system.client.submit([1, 2, 3], **{"max_tokens": 5, "temperature": 0.5, **fields})
+        await bad.ended.wait()
+        assert bad.rejection is not None
+        assert bad.rejection.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+        assert message in bad.rejection.message
+        await check_all(good)
+        assert (await system.client.idle()).num_recoveries == 0
+
+
+async def test_a_request_id_in_use_is_refused(tmp_path: Path) -> None:
+    async with stack(tmp_path, FakeOptions(step_s=0.005)) as system:
+        call = system.client.stub.Connect()
+        await call.write(pb.ConnectRequest(hello=pb.Hello(protocol_version=1)))
+        submit = pb.Submit(request_id=5, prompt_token_ids=pack_u32([1, 2]), max_tokens=40)
+        await call.write(pb.ConnectRequest(submit=pb.SubmitBatch(submits=[submit, submit])))
+        async for frame in call:
+            if frame.output.rejections:
+                assert frame.output.rejections[0].code == grpc.StatusCode.ALREADY_EXISTS.value[0]
+                break
+        call.cancel()
+        await system.client.idle()
+
+
+async def read_all(call: AsyncIterable[pb.ConnectResponse]) -> None:
+    """Read a stream to its end. Raises AioRpcError if that is none."""
+    async for _ in call:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (
+            pb.ConnectRequest(stop=pb.StopBatch(request_ids=[1, 2], num_output_tokens=[1])),
+            "num_output_tokens",
+        ),
+        (pb.ConnectRequest(hello=pb.Hello(protocol_version=1)), "hello"),
+        (pb.ConnectRequest(), "None"),
+    ],
+    ids=["columns of two lengths", "second hello", "nothing"],
+)
+async def test_a_frame_that_does_not_belong_ends_the_stream(
+    frame: pb.ConnectRequest, message: str, tmp_path: Path
+) -> None:
+    async with stack(tmp_path) as system:
+        call = system.client.stub.Connect()
+        await call.write(pb.ConnectRequest(hello=pb.Hello(protocol_version=1)))
+        submit = pb.Submit(request_id=1, prompt_token_ids=pack_u32([1, 2]), max_tokens=40)
+        await call.write(pb.ConnectRequest(submit=pb.SubmitBatch(submits=[submit])))
+        await call.write(frame)
+        with pytest.raises(grpc.aio.AioRpcError, match=message) as caught:
+            await asyncio.wait_for(read_all(call), 5)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await system.client.idle()  # what the stream still had is aborted

@@ -37,7 +37,6 @@ WINDOWS: Final = (1, 2, 3)
 State = pb.WatchExecutorResponse
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("window", WINDOWS)
 async def test_a_cut_stream_goes_on_in_the_same_epoch(window: int, tmp_path: Path) -> None:
     rng = random.Random(window)
@@ -60,7 +59,20 @@ async def test_a_cut_stream_goes_on_in_the_same_epoch(window: int, tmp_path: Pat
         assert step_ids == list(range(1, len(step_ids) + 1))  # none twice, none missing
 
 
-@pytest.mark.timeout(60)
+async def test_a_stalled_stream_is_noticed_and_goes_on_in_the_same_epoch(tmp_path: Path) -> None:
+    proxy = UdsProxy(tmp_path / "proxy.sock", tmp_path / "executor.sock")
+    options = FakeOptions(step_s=0.01)
+    up = stack(tmp_path, options, executor=proxy.address, heartbeat_timeout_s=1.2)
+    async with proxy, up as system:
+        requests = await submit_many(system.client, 12)
+        await system.plans(10)
+        proxy.stall()
+        await system.client.watch_until(State.STATE_UNRESPONSIVE, "silent")
+        proxy.resume()
+        await check_all(requests)
+        assert (await system.client.idle()).num_recoveries == 0
+
+
 async def test_a_new_executor_begins_a_new_epoch_and_outputs_go_on(tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/restarted.sock"
     options = FakeOptions(step_s=0.01)
@@ -102,7 +114,6 @@ class PoisonRunner(RecordingRunner):
         return super().launch(plan, state, batch)
 
 
-@pytest.mark.timeout(30)
 async def test_a_request_that_ends_three_epochs_fails_and_the_others_complete(
     tmp_path: Path,
 ) -> None:
@@ -162,8 +173,7 @@ async def test_another_model_is_refused_by_the_engine(tmp_path: Path) -> None:
         engine_in_process(listen, executor, model_digest="another"),
         EngineClient(listen) as client,
     ):
-        message = await client.watch_until(State.STATE_INCOMPATIBLE)
-        assert f"{FAKE_DIGEST}, expected another" in message
+        await client.watch_until(State.STATE_INCOMPATIBLE, f"{FAKE_DIGEST}, expected another")
         assert not client.states[-1].ready
         output = client.submit([1], 1)
         await output.ended.wait()
@@ -198,7 +208,6 @@ async def test_a_front_end_that_does_not_fit_is_refused(
         assert message in str(await call.details())
 
 
-@pytest.mark.timeout(30)
 async def test_a_new_engine_waits_for_a_live_one_and_then_gets_a_clean_executor(
     tmp_path: Path,
 ) -> None:
@@ -210,9 +219,7 @@ async def test_a_new_engine_waits_for_a_live_one_and_then_gets_a_clean_executor(
             engine_in_process(listen, f"unix:{tmp_path}/executor.sock"),
             EngineClient(listen) as client,
         ):
-            message = await client.watch_until(State.STATE_CONNECTING)
-            message = message or await client.watch_until(State.STATE_CONNECTING)
-            assert "another scheduler's stream is live" in message
+            await client.watch_until(State.STATE_CONNECTING, "another scheduler's stream is live")
             proxy.stall()  # the first engine falls silent, its stream stays
             await client.ready()
             await check_all(await submit_many(client, 8))

@@ -23,6 +23,7 @@ VOCAB_SIZE: Final = 400
 NUM_STREAMS: Final = 32
 NUM_KILLS: Final = 10
 MAX_ROWS: Final = 24
+TIMEOUT_S: Final = 90.0
 State = pb.WatchExecutorResponse
 
 EXECUTOR_FLAGS: Final = (
@@ -50,6 +51,7 @@ async def system(directory: Path) -> AsyncIterator[System]:
     model = fake_model_dir(directory / "model", VOCAB_SIZE)
     frontend, address = processes.add_frontend(model)
     async with (
+        asyncio.timeout(TIMEOUT_S),
         running(processes),
         PublicClient(address) as public,
         EngineClient(processes.engine_address) as engine,
@@ -91,7 +93,7 @@ async def replaced(system: System, epoch: int) -> int:
     raise AssertionError("the watch ended")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(100)
 async def test_streams_survive_ten_kills_of_the_executor(tmp_path: Path) -> None:
     rng = random.Random(7)
     async with system(tmp_path) as up:
@@ -114,15 +116,14 @@ async def test_streams_survive_ten_kills_of_the_executor(tmp_path: Path) -> None
         assert up.processes.engine.num_starts == 1
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(100)
 async def test_a_stopped_executor_is_noticed_and_replaced(tmp_path: Path) -> None:
     async with system(tmp_path) as up:
         streams = asyncio.create_task(stream_all(up.public))
         epoch = await replaced(up, 0)
         await asyncio.sleep(0.3)
         up.processes.executor.pause()
-        message = await up.engine.watch_until(State.STATE_UNRESPONSIVE)
-        assert "silent" in message
+        await up.engine.watch_until(State.STATE_UNRESPONSIVE, "silent")
         await up.processes.executor.restart()
         await replaced(up, epoch)
         for answer, request in zip(await streams, requests(), strict=True):
@@ -130,17 +131,29 @@ async def test_a_stopped_executor_is_noticed_and_replaced(tmp_path: Path) -> Non
             assert answer.token_ids == reference(*request)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(100)
+async def test_an_executor_that_was_only_slow_goes_on_in_its_epoch(tmp_path: Path) -> None:
+    async with system(tmp_path) as up:
+        streams = asyncio.create_task(stream_all(up.public))
+        await up.engine.snapshot_when(lambda shot: shot.num_running >= MAX_ROWS // 2)
+        up.processes.executor.pause()
+        await up.engine.watch_until(State.STATE_UNRESPONSIVE)
+        up.processes.executor.resume()
+        for answer, request in zip(await streams, requests(), strict=True):
+            assert answer.token_ids == reference(*request)
+        assert (await up.engine.idle()).num_recoveries == 0
+
+
+@pytest.mark.timeout(100)
 async def test_a_killed_front_end_leaves_nothing_behind(tmp_path: Path) -> None:
     async with system(tmp_path) as up:
         streams = asyncio.create_task(stream_all(up.public))
-        await up.engine.snapshot_when(lambda shot: shot.num_running == MAX_ROWS)
+        await up.engine.snapshot_when(lambda shot: shot.num_running >= MAX_ROWS // 2)
         survivor = up.engine.submit([5, 6, 7], 60)
         await up.frontend.kill()
         answers = await streams
         assert {answer.code for answer in answers} == {grpc.StatusCode.UNAVAILABLE}
-        shot = await up.engine.snapshot_when(lambda shot: shot.num_running <= 1)
-        assert shot.num_waiting == 0
+        shot = await up.engine.snapshot_when(lambda s: s.num_running + s.num_waiting <= 1)
         assert shot.num_used_blocks <= 63 // 8 + 1  # the survivor's alone
         await survivor.finished()
         assert survivor.token_ids == reference([5, 6, 7], 60, {})
@@ -155,11 +168,11 @@ async def test_a_killed_front_end_leaves_nothing_behind(tmp_path: Path) -> None:
         assert (await up.public.generate([1, 2], 5)).token_ids == reference([1, 2], 5, {})
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(100)
 async def test_a_killed_engine_ends_streams_and_a_new_one_starts_clean(tmp_path: Path) -> None:
     async with system(tmp_path) as up:
         streams = asyncio.create_task(stream_all(up.public))
-        await up.engine.snapshot_when(lambda shot: shot.num_running == MAX_ROWS)
+        await up.engine.snapshot_when(lambda shot: shot.num_running >= MAX_ROWS // 2)
         epoch = await replaced(up, 0)
         await up.processes.engine.kill()
         for answer in await streams:
@@ -176,7 +189,7 @@ async def test_a_killed_engine_ends_streams_and_a_new_one_starts_clean(tmp_path:
         assert up.processes.executor.num_starts == 1
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(100)
 async def test_an_engine_waits_for_its_executor(tmp_path: Path) -> None:
     processes = Processes(tmp_path, executor_flags=EXECUTOR_FLAGS, engine_flags=ENGINE_FLAGS)
     frontend, address = processes.add_frontend(fake_model_dir(tmp_path / "model", VOCAB_SIZE))
@@ -187,8 +200,7 @@ async def test_an_engine_waits_for_its_executor(tmp_path: Path) -> None:
             PublicClient(address) as public,
             EngineClient(processes.engine_address) as engine,
         ):
-            message = await engine.watch_until(State.STATE_CONNECTING)
-            message = message or await engine.watch_until(State.STATE_CONNECTING)
+            await engine.watch_until(State.STATE_CONNECTING, "UNAVAILABLE")
             early = await public.generate([1], 1)
             assert early.code is grpc.StatusCode.UNAVAILABLE
             await processes.executor.start()

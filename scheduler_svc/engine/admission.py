@@ -73,8 +73,8 @@ def _max_total_tokens(num_prompt_tokens: int, max_tokens: int, limits: Limits) -
 
 
 def _sampling(submit: pb.Submit) -> Sampling:
-    for name in ("temperature", "top_p", "min_p"):
+    for name, highest in (("temperature", math.inf), ("top_p", 1.0), ("min_p", 1.0)):
         value = getattr(submit, name)
-        if not math.isfinite(value) or value < 0:
+        if not math.isfinite(value) or not 0 <= value <= highest:
             raise _invalid(f"{name} is {value}")
     return Sampling(submit.temperature, submit.top_k, submit.top_p, submit.min_p, submit.seed)

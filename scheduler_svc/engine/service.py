@@ -33,6 +33,8 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         try:
             async for frame in link.frames():
                 yield frame
+            if (problem := await reader) is not None:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
         finally:
             reader.cancel()
             self._engine.detach(link)
@@ -61,14 +63,23 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
 
     async def _read(
         self, request_iterator: AsyncIterator[pb.ConnectRequest], link: FrontendLink
-    ) -> None:
-        async for frame in request_iterator:
-            kind = frame.WhichOneof("frame")
-            if kind == "submit":
-                self._engine.submit(link, frame.submit)
-            elif kind == "stop":
-                self._engine.stop(link, frame.stop)
-        link.close()
+    ) -> str | None:
+        """Take frames until the front end ends the stream; returns what it did wrong, if so."""
+        try:
+            async for frame in request_iterator:
+                kind = frame.WhichOneof("frame")
+                if kind == "submit":
+                    self._engine.submit(link, frame.submit)
+                elif kind == "stop":
+                    stop = frame.stop
+                    if len(stop.num_output_tokens) not in (0, len(stop.request_ids)):
+                        return "stop: num_output_tokens is not parallel to request_ids"
+                    self._engine.stop(link, stop)
+                else:
+                    return f"frame {kind} inside a stream"
+        finally:
+            link.close()
+        return None
 
     async def WatchExecutor(
         self, request: pb.WatchExecutorRequest, context: Context

@@ -217,6 +217,21 @@ def test_new_epoch_keeps_tokens_and_order() -> None:
     driver.commit(epoch=2)
 
 
+def test_a_request_preempted_in_an_old_epoch_enters_the_new_one() -> None:
+    driver = Driver(num_device_blocks=10, max_num_batched_tokens=18, max_model_len=33)
+    first, second = driver.submit(18, max_tokens=14), driver.submit(13, max_tokens=14)
+    driver.step()
+    driver.step()
+    driver.plan()
+    driver.plan()  # preempts the second one with a step under way
+    assert second.status is RequestStatus.WAITING
+    driver.commit()
+    driver.commit()
+    driver.scheduler.finish(first, RequestStatus.FINISHED_ABORTED)
+    driver.scheduler.begin_epoch(2, driver.limits)
+    assert [new.request for new in driver.plan().new_rows] == [second]
+
+
 def test_a_request_in_flight_at_each_epoch_end_runs_alone_then_fails() -> None:
     driver = Driver()
     poison, other = driver.submit(6), driver.submit(6)

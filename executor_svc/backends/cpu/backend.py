@@ -59,7 +59,6 @@ class CpuBackend:
         """
         check_sizes(config, block_size)
         self._config = config
-        self._block_size = block_size
         self.num_threads = num_threads
         self._eps = np.float32(config.rms_norm_eps)
         group = config.num_heads // config.num_kv_heads
@@ -67,9 +66,9 @@ class CpuBackend:
         self._max_queries = self._query_tile * group
         tiles = block_size // work.TILE
         dim = config.head_dim
-        self._block_elements = block_size * config.kv_elements_per_token
+        block_elements = block_size * config.kv_elements_per_token
         self._shape = np.array(
-            [config.num_heads, config.num_kv_heads, dim, tiles, self._block_elements], np.int64
+            [config.num_heads, config.num_kv_heads, dim, tiles, block_elements], np.int64
         )
         self._angles = config.rope.angles(max_model_len).reshape(-1)
         self._pool: FloatArray = np.empty(0, np.float32)
@@ -81,8 +80,8 @@ class CpuBackend:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all layers."""
-        return self._block_elements * 4
+        """Bytes of one block over all layers, K and V."""
+        return int(self._shape[4]) * 4
 
     @property
     def device(self) -> str:
