@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
@@ -110,7 +110,12 @@ def _block_bytes(model: model_dir.ModelDir) -> int:
     return int(2 * num_layers * num_kv_heads * head_dim * 4 * _BLOCK_SIZE)
 
 
-async def complete(client: AsyncClient, prompt: Prompt) -> Completion:
+async def complete(
+    client: AsyncClient,
+    prompt: Prompt,
+    num_output_tokens: int = NUM_OUTPUT_TOKENS,
+    on_tokens: Callable[[], None] = lambda: None,
+) -> Completion:
     """One greedy answer over the streaming call. Raises BlockyardError."""
     token_ids: list[int] = []
     text = ""
@@ -118,10 +123,11 @@ async def complete(client: AsyncClient, prompt: Prompt) -> Completion:
         prompt.input.get("prompt"),
         token_ids=prompt.input.get("token_ids"),
         messages=prompt.input.get("messages"),
-        max_tokens=NUM_OUTPUT_TOKENS,
+        max_tokens=num_output_tokens,
         temperature=0,
         ignore_eos=True,
     ):
+        on_tokens()
         token_ids += chunk.token_ids
         text += chunk.text
     assert chunk.usage is not None, "the stream ended without usage"
@@ -142,8 +148,13 @@ async def run_mode(mode: Mode, prompts: Sequence[Prompt], found: Sequence[Refere
             answers = [await complete(client, prompt) for prompt in prompts]
         else:
             answers = await asyncio.gather(*(complete(client, prompt) for prompt in prompts))
+    return judge(mode.name, found, answers)
+
+
+def judge(mode: str, found: Sequence[Reference], answers: Sequence[Completion]) -> Outcome:
+    """Compare answers with their references; ties are not told from errors yet."""
     num_preemptions = sum(answer.usage.preemptions for answer in answers)
-    outcome = Outcome(mode.name, len(prompts), num_preemptions)
+    outcome = Outcome(mode, len(found), num_preemptions)
     for reference, answer in zip(found, answers, strict=True):
         # Another number means that the two sides tokenise the prompt differently.
         assert answer.usage.prompt_tokens == len(reference.prompt_ids), reference.name
@@ -152,8 +163,9 @@ async def run_mode(mode: Mode, prompts: Sequence[Prompt], found: Sequence[Refere
         position = next((index for index, (ours, theirs) in pairs if ours != theirs), None)
         if position is not None:
             expected_id, got_id = reference.output_ids[position], answer.token_ids[position]
-            difference = Difference(mode.name, reference.name, position, expected_id, got_id)
-            outcome.differences.append(difference)
+            outcome.differences.append(
+                Difference(mode, reference.name, position, expected_id, got_id)
+            )
     return outcome
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Final, TypeVar
 
 from benchmarks.client_load import StreamTimes, decode_step_s, duration_s, run_all
 from benchmarks.hf_peer import HfPeer
-from benchmarks.processes import cpu_seconds
+from benchmarks.processes import all_cpu_seconds, cpu_seconds
 from benchmarks.report import percentiles
 from benchmarks.workloads import Work
 from blockyard.launcher.server import LocalServer
@@ -22,11 +23,12 @@ BATCH_SIZES: Final = (8, 16, 32)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of one side. `idle_cores` is the CPU that the other side used meanwhile."""
+    """One run of one side."""
 
     tokens_per_s: float  # of the output tokens that were asked for
     seconds: float
-    idle_cores: float
+    idle_cores: float  # CPU that the other side used meanwhile
+    foreign_cores: float  # CPU that other programs used meanwhile, or the host took
     batch_size: int | None = None  # transformers' only
     step_s: float | None = None  # ours: a step while all requests decode
     first_token_s: dict[str, float] | None = None  # ours
@@ -62,9 +64,9 @@ class Comparison:
         return median(pair.ratio for pair in self.pairs)
 
     @property
-    def max_idle_cores(self) -> float:
-        """Most CPU that a side used while it should have been idle."""
-        return max(run.idle_cores for run in [*(p.ours for p in self.pairs), *self.all_theirs])
+    def all_runs(self) -> list[Run]:
+        """Of both sides."""
+        return [*(pair.ours for pair in self.pairs), *self.all_theirs]
 
 
 class Contest:
@@ -114,12 +116,13 @@ class Contest:
         async def run() -> list[StreamTimes]:
             return await run_all(self._server.address, works)
 
-        streams, idle_cores = await _watching([self._peer.pid], run)
+        streams, idle_cores, foreign_cores = await self._watching([self._peer.pid], run)
         seconds = duration_s(streams)
         return Run(
             tokens_per_s=sum(work.num_output_tokens for work in works) / seconds,
             seconds=seconds,
             idle_cores=idle_cores,
+            foreign_cores=foreign_cores,
             step_s=decode_step_s(streams),
             first_token_s=percentiles([stream.first_token_s for stream in streams]),
         )
@@ -136,14 +139,21 @@ class Contest:
             return seconds
 
         pids = list(self._server.pids.values())
-        seconds, idle_cores = await _watching(pids, run)
+        seconds, idle_cores, foreign_cores = await self._watching(pids, run)
         num_tokens = sum(work.num_output_tokens for work in works)
-        return Run(num_tokens / seconds, seconds, idle_cores, batch_size)
+        return Run(num_tokens / seconds, seconds, idle_cores, foreign_cores, batch_size)
 
+    async def _watching(
+        self, idle_pids: Sequence[int], run: Callable[[], Awaitable[_T]]
+    ) -> tuple[_T, float, float]:
+        """Result of `run`, and the CPU that the idle side and other programs used [cores]."""
+        our_pids = [os.getpid(), self._peer.pid, *self._server.pids.values()]
 
-async def _watching(pids: Sequence[int], run: Callable[[], Awaitable[_T]]) -> tuple[_T, float]:
-    """Result of `run`, and how much CPU these processes used meanwhile [cores]."""
-    start_s, start_cpu_s = time.monotonic(), sum(map(cpu_seconds, pids))
-    result = await run()
-    seconds = time.monotonic() - start_s
-    return result, (sum(map(cpu_seconds, pids)) - start_cpu_s) / seconds
+        def used_s() -> tuple[float, float]:
+            ours_s = sum(map(cpu_seconds, our_pids))
+            return sum(map(cpu_seconds, idle_pids)), all_cpu_seconds() - ours_s
+
+        start_s, (idle_s, foreign_s) = time.monotonic(), used_s()
+        result = await run()
+        seconds, (idle_end_s, foreign_end_s) = time.monotonic() - start_s, used_s()
+        return result, (idle_end_s - idle_s) / seconds, (foreign_end_s - foreign_s) / seconds

@@ -69,10 +69,6 @@ class HfPeer:
         answer = await self._call("batch_noise", token_ids=token_ids, num_positions=num_positions)
         return float(answer["largest_difference"])
 
-    async def gemm_step_s(self, num_rows: int) -> float:
-        """Time of the matrix products alone of a decode step with `num_rows` rows [s]."""
-        return float((await self._call("gemm_step", num_rows=num_rows))["seconds"])
-
     async def _call(self, name: str, **arguments: Any) -> dict[str, Any]:
         process = self._process
         assert process.stdin is not None

@@ -17,8 +17,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.gemm_bound import GemmStep
-
 Answer = dict[str, Any]
 Sequences = list[list[int]]
 
@@ -31,7 +29,6 @@ class Worker:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         self._model = cast("Any", model)
         self._model.eval()
-        self._gemms: GemmStep | None = None
         eos = self._model.generation_config.eos_token_id
         self._pad_token_id: Final[int] = eos[0] if isinstance(eos, list) else eos
 
@@ -130,12 +127,6 @@ class Worker:
             largest = max(largest, float((row - alone).abs().max()))
         return {"largest_difference": largest, "batch_size": len(token_ids)}
 
-    def gemm_step(self, num_rows: int) -> Answer:
-        """Time of a decode step's matrix products alone, in this process, with its threads."""
-        if self._gemms is None:
-            self._gemms = GemmStep(self._model.config.to_dict())
-        return {"seconds": self._gemms.seconds(num_rows)}
-
     def _logits(self, token_ids: Sequences, num_positions: int) -> torch.Tensor:
         """Logits [batch, num_positions, vocab_size] at the end of each sequence."""
         batch, mask = self._padded(token_ids)
@@ -172,7 +163,7 @@ def main() -> None:
         call.__name__: call
         for call in (
             *(worker.describe, worker.tokenize, worker.generate, worker.greedy),
-            *(worker.next_logits, worker.batch_noise, worker.gemm_step),
+            *(worker.next_logits, worker.batch_noise),
         )
     }
     with torch.inference_mode():

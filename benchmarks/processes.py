@@ -104,6 +104,13 @@ def cpu_seconds(pid: int) -> float:
     return (user + system) / os.sysconf("SC_CLK_TCK")
 
 
+def all_cpu_seconds() -> float:
+    """CPU time that the whole machine has used, and what its host took from it [s]."""
+    fields = pathlib.Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()
+    user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, fields[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def pin(pid: int, cpus: set[int]) -> None:
     """Let all threads of a process, and those it will start, run on these CPUs only."""
     for task in pathlib.Path(f"/proc/{pid}/task").iterdir():

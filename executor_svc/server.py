@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from blockyard.common import logs
 from blockyard.common.grpc_options import LINK_OPTIONS
-from blockyard.common.listen_address import ListenError, claim, socket_path
+from blockyard.common.listen_address import ListenError, claim
 from blockyard.executor.v1 import executor_pb2 as pb
 from blockyard.executor.v1 import executor_pb2_grpc as pb_grpc
 from executor_svc.runner import FatalDeviceError, Runner
@@ -37,7 +37,6 @@ class ExecutorServer:
         self._server = grpc.aio.server(options=LINK_OPTIONS)
         pb_grpc.add_ExecutorServiceServicer_to_server(self.servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._socket_path = socket_path(listen)
         try:
             self.port = self._server.add_insecure_port(listen)
         except RuntimeError as error:
@@ -52,12 +51,13 @@ class ExecutorServer:
         return fatal
 
     async def stop(self) -> None:
-        """End the stream, finish the steps under way, and leave no socket file."""
+        """End the stream and finish the steps under way.
+
+        The socket file stays: by now it may be a successor's, and `claim` removes dead ones.
+        """
         await self._health.enter_graceful_shutdown()
         await self.servicer.stop()
         await self._server.stop(_STOP_GRACE_S)
-        if self._socket_path is not None:
-            self._socket_path.unlink(missing_ok=True)
 
 
 async def serve(runner: Runner, listen: str) -> None:

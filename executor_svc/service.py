@@ -26,6 +26,8 @@ from executor_svc.step_worker import StepWorker, rejection
 MISSED_HEARTBEATS: Final = 2
 """After so many silent intervals another scheduler may take a live stream over."""
 
+_SHUTTING_DOWN: Final = (grpc.StatusCode.UNAVAILABLE, "the executor is shutting down")
+
 log = logging.getLogger(__name__)
 
 _Context = grpc.aio.ServicerContext[pb.RunRequest, pb.RunResponse]
@@ -60,6 +62,7 @@ class ExecutorServicer(pb_grpc.ExecutorServiceServicer):
         self._ledger = StepLedger()
         self._stream: _Stream | None = None
         self._scheduler_id = 0
+        self._is_stopping = False
         self._fatal: asyncio.Future[str] | None = None
 
     def start(self) -> asyncio.Future[str]:
@@ -70,9 +73,10 @@ class ExecutorServicer(pb_grpc.ExecutorServiceServicer):
         return self._fatal
 
     async def stop(self) -> None:
-        """End the live stream with UNAVAILABLE, then the worker after the steps under way."""
+        """Refuse new streams, end the live one, then the worker after the steps under way."""
+        self._is_stopping = True
         if self._stream is not None:
-            self._stream.end((grpc.StatusCode.UNAVAILABLE, "the executor is shutting down"))
+            self._stream.end(_SHUTTING_DOWN)
         await asyncio.to_thread(self._worker.stop)
 
     async def Describe(
@@ -142,6 +146,8 @@ class ExecutorServicer(pb_grpc.ExecutorServiceServicer):
         self, request_iterator: AsyncIterator[pb.RunRequest], context: _Context
     ) -> _Stream:
         """Take the stream over from its predecessor, or abort the call."""
+        if self._is_stopping:
+            await context.abort(*_SHUTTING_DOWN)
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("frame") != "open":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must be Open")

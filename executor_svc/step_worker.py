@@ -175,8 +175,9 @@ class StepWorker:
     def stop(self) -> None:
         """End the threads after the steps under way; blocks. A step that hangs is left behind."""
         self._inbox.put(None)
+        deadline_s = time.monotonic() + _STOP_TIMEOUT_S
         for thread in self._threads:
-            thread.join(_STOP_TIMEOUT_S)
+            thread.join(max(0.0, deadline_s - time.monotonic()))
 
     def begin_epoch(self, epoch: int) -> None:
         """Drop all rows; plans of earlier epochs that were not launched are dropped as well."""
@@ -241,7 +242,7 @@ class StepWorker:
 
     def _post(self, epoch: int, event: Callable[[], None]) -> None:
         assert self._loop is not None, "events before start"
-        if epoch != self._closed_epoch:
+        if epoch != self._closed_epoch and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(event)
 
     def _guard(

@@ -10,7 +10,6 @@ import asyncio
 import enum
 import logging
 import secrets
-import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,7 +24,6 @@ from blockyard.executor.v1 import executor_pb2_grpc
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.2
-DESCRIBE_TIMEOUT_S = 5.0
 
 Stream = grpc.aio.StreamStreamCall[pb.RunRequest, pb.RunResponse]
 
@@ -39,6 +37,13 @@ class LinkState(enum.Enum):
     INCOMPATIBLE = enum.auto()
 
 
+_STATES = {
+    grpc.StatusCode.FAILED_PRECONDITION: LinkState.INCOMPATIBLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: LinkState.UNRESPONSIVE,
+}
+"""What the end of a call says of the executor; others: it is not there, or not yet."""
+
+
 class IncompatibleExecutorError(Exception):
     """The executor speaks another protocol or serves another model."""
 
@@ -49,6 +54,11 @@ class PlanRejectedError(Exception):
 
 class SessionEndedError(Exception):
     """This stream is over; open another one."""
+
+    def __init__(self, reason: str, state: LinkState = LinkState.CONNECTING) -> None:
+        """Carry why it ended, and what the link's state is until the next one opens."""
+        super().__init__(reason)
+        self.state = state
 
 
 class Handler(Protocol):
@@ -69,10 +79,11 @@ class Handler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LinkTimeouts:
-    """When a silent or stuck executor counts as lost [s]."""
+    """When a silent or stuck executor counts as lost, and how often that is looked at [s]."""
 
     heartbeat_s: float = 4.0
     progress_s: float = 60.0
+    beat_s: float = HEARTBEAT_INTERVAL_S
 
 
 class ExecutorClient:
@@ -96,10 +107,11 @@ class ExecutorClient:
         self._timeouts = timeouts
         self._strict = strict
         self._sent: deque[pb.StepPlan] = deque()  # and not yet answered
-        self._oldest_since = time.monotonic()  # when the oldest of _sent became the oldest
+        self._silent_s = 0.0  # since the last frame
+        self._stuck_s = 0.0  # since the last result, while plans were in flight
         self._outbox: asyncio.Queue[pb.RunRequest] = asyncio.Queue()
         self._wants_reset = False
-        self._state = LinkState.CONNECTING
+        self._state, self._message = LinkState.CONNECTING, ""
         self._last_step_id = 0  # of the last result in this epoch
 
     @property
@@ -116,8 +128,6 @@ class ExecutorClient:
         """Send the next plan of the current epoch; it is kept until its result comes."""
         assert self.is_ready
         assert plan.epoch == self.epoch, (plan.epoch, self.epoch)
-        if not self._sent:
-            self._oldest_since = time.monotonic()
         self._sent.append(plan)
         self._outbox.put_nowait(pb.RunRequest(plan=plan))
 
@@ -129,22 +139,17 @@ class ExecutorClient:
             except IncompatibleExecutorError as error:
                 self._set_state(LinkState.INCOMPATIBLE, str(error))
             except SessionEndedError as error:
-                if self._state is not LinkState.UNRESPONSIVE:
-                    self._set_state(LinkState.CONNECTING, str(error))
+                self._set_state(error.state, str(error))
             except grpc.aio.AioRpcError as error:
-                self._on_rpc_error(error)
+                state = _STATES.get(error.code(), LinkState.CONNECTING)
+                self._set_state(state, f"{error.code().name}: {error.details()}")
             await asyncio.sleep(RETRY_S)
 
-    def _on_rpc_error(self, error: grpc.aio.AioRpcError) -> None:
-        message = f"{error.code().name}: {error.details()}"
-        if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
-            self._set_state(LinkState.INCOMPATIBLE, message)
-        elif self._state is not LinkState.UNRESPONSIVE:
-            self._set_state(LinkState.CONNECTING, message)
-
     def _set_state(self, state: LinkState, message: str = "") -> None:
-        if state is not self._state or state is not LinkState.READY:
-            self._state = state
+        """Tell the handler what is new; an executor that stays lost is news each time."""
+        is_new = (state, message) != (self._state, self._message)
+        self._state, self._message = state, message
+        if is_new or state is LinkState.UNRESPONSIVE:
             self._handler.on_state(state, message)
 
     # ---- one session
@@ -153,9 +158,8 @@ class ExecutorClient:
         """Describe, open, resend, then pump frames until the stream ends or goes silent."""
         async with grpc.aio.insecure_channel(self._target, LINK_OPTIONS) as channel:
             stub = executor_pb2_grpc.ExecutorServiceStub(channel)
-            info = await stub.Describe(
-                pb.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S, wait_for_ready=False
-            )
+            # Refused at once if nobody listens; no answer in time from a frozen process.
+            info = await stub.Describe(pb.DescribeRequest(), timeout=self._timeouts.heartbeat_s)
             if info.protocol_version != EXECUTOR_PROTOCOL_VERSION:
                 raise IncompatibleExecutorError(
                     f"the executor speaks protocol {info.protocol_version}, "
@@ -183,7 +187,11 @@ class ExecutorClient:
                 )
             )
         )
-        opened = (await self._read(stream, DESCRIBE_TIMEOUT_S)).opened
+        try:
+            async with asyncio.timeout(self._timeouts.heartbeat_s):
+                opened = (await self._read(stream)).opened
+        except TimeoutError:
+            raise SessionEndedError("no answer to Open", LinkState.UNRESPONSIVE) from None
         self._wants_reset = False
         self._outbox = asyncio.Queue()
         if opened.epoch != self.epoch:
@@ -194,29 +202,27 @@ class ExecutorClient:
         for plan in self._sent:
             if plan.step_id > opened.applied_step_id:
                 self._outbox.put_nowait(pb.RunRequest(plan=plan))
-        self._oldest_since = time.monotonic()
+        self._silent_s = self._stuck_s = 0.0
         self._set_state(LinkState.READY)
 
-    async def _read(self, stream: Stream, timeout_s: float) -> pb.RunResponse:
-        try:
-            async with asyncio.timeout(timeout_s):
-                frame = await stream.read()
-        except TimeoutError:
-            self._set_state(LinkState.UNRESPONSIVE, f"silent for {timeout_s:g} s")
-            raise SessionEndedError("silent") from None
+    async def _read(self, stream: Stream) -> pb.RunResponse:
+        frame = await stream.read()
         if frame is grpc.aio.EOF:
             raise SessionEndedError(f"stream ended: {await stream.details()}")
         return frame  # type: ignore[return-value]  # EOF was excluded
 
     async def _pump(self, stream: Stream) -> None:
-        tasks = [asyncio.create_task(self._write(stream)), asyncio.create_task(self._beat())]
+        """Read, write and beat until one of them ends the session."""
         try:
-            while True:
-                self._on_frame(await self._read(stream, self._timeouts.heartbeat_s))
-                self._check_progress()
-        finally:
-            for task in tasks:
-                task.cancel()
+            async with asyncio.TaskGroup() as group:
+                for work in (self._receive(stream), self._write(stream), self._beat()):
+                    group.create_task(work)
+        except* (SessionEndedError, PlanRejectedError, grpc.aio.AioRpcError) as errors:
+            raise errors.exceptions[0] from None
+
+    async def _receive(self, stream: Stream) -> None:
+        while True:
+            self._on_frame(await self._read(stream))
 
     async def _write(self, stream: Stream) -> None:
         outbox = self._outbox
@@ -227,12 +233,26 @@ class ExecutorClient:
                 return  # the reader sees why
 
     async def _beat(self) -> None:
-        outbox = self._outbox
+        """Send heartbeats, and find out whether the executor is silent or stuck.
+
+        Time is counted in beats of this loop: if this process itself was stopped or slow, the
+        executor's frames are waiting to be read and it must not be blamed.
+        """
+        outbox, timeouts = self._outbox, self._timeouts
         while True:
-            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            await asyncio.sleep(timeouts.beat_s)
             outbox.put_nowait(pb.RunRequest(heartbeat=pb.Heartbeat()))
+            self._silent_s += timeouts.beat_s
+            self._stuck_s += timeouts.beat_s if self._sent else 0.0
+            if self._silent_s >= timeouts.heartbeat_s:
+                reason = f"silent for {self._silent_s:g} s"
+                raise SessionEndedError(reason, LinkState.UNRESPONSIVE)
+            if self._stuck_s >= timeouts.progress_s:
+                reason = f"step {self._sent[0].step_id} has not ended for {self._stuck_s:g} s"
+                raise SessionEndedError(reason, LinkState.UNRESPONSIVE)
 
     def _on_frame(self, frame: pb.RunResponse) -> None:
+        self._silent_s = 0.0
         kind = frame.WhichOneof("frame")
         if kind == "result":
             self._on_result(frame.result)
@@ -252,15 +272,6 @@ class ExecutorClient:
             return  # a resent one that came twice
         assert result.step_id == self._sent[0].step_id, "results out of order"
         self._sent.popleft()
-        self._oldest_since = time.monotonic()
+        self._stuck_s = 0.0
         self._last_step_id = result.step_id
         self._handler.on_result(result)
-
-    def _check_progress(self) -> None:
-        stuck_s = time.monotonic() - self._oldest_since
-        if self._sent and stuck_s > self._timeouts.progress_s:
-            step_id = self._sent[0].step_id
-            self._set_state(
-                LinkState.UNRESPONSIVE, f"step {step_id} has not ended for {stuck_s:.0f} s"
-            )
-            raise SessionEndedError("no progress")

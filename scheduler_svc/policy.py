@@ -27,6 +27,10 @@ def pick_victim(running: Iterable[Request], for_request: Request) -> Request | N
     return max(younger, key=lambda r: (not needs_reservation(r), r.key), default=None)
 
 
+_MAX_DEAD_ENTRIES = 64
+"""Entries of ended requests that the queue may hold, beside as many as it has live ones."""
+
+
 class WaitingQueue:
     """Waiting requests in order of arrival. A preempted request returns to its old place."""
 
@@ -63,3 +67,6 @@ class WaitingQueue:
         """Count out a request that ended while it waited; its entry is dropped when met."""
         assert request.status.is_finished
         self._num_waiting -= 1
+        if len(self._heap) > 2 * self._num_waiting + _MAX_DEAD_ENTRIES:
+            self._heap = [(r.key, r) for r in self]
+            heapq.heapify(self._heap)

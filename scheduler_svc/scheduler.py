@@ -257,10 +257,20 @@ class Scheduler:
             return False  # its tokens under way must be known first
         if not self.running:
             return True  # it fits alone, or it would not have been queued
-        if self._suspects and any(r.must_run_alone for r in (request, *self.running.values())):
+        if self._suspects and not self._may_join(request):
             return False
         num_blocks = self.kv.blocks_for(self._tokens_to_hold(request))
         return self.kv.num_unpromised - num_blocks >= self.limits.watermark_blocks
+
+    def _may_join(self, request: Request) -> bool:
+        """Keep a suspect apart from all but requests that got a token in this epoch.
+
+        If the epoch ends again, it alone reaches MAX_SUSPICIONS.
+        """
+        running = self.running.values()
+        if any(r.must_run_alone for r in running):
+            return False
+        return not request.must_run_alone or all(map(self._has_progressed, running))
 
     def _tokens_to_hold(self, request: Request) -> int:
         """Tokens whose room admission promises."""
@@ -307,6 +317,7 @@ class Scheduler:
                 del self._detached[row, generation]
             if not request.status.is_finished:
                 request.token_ids = np.append(request.token_ids, token_id)
+                request.num_suspicions = 0
                 tokens.add([request.frontend], [request.request_id], [token_id])
                 self._finish_if_ended(request, int(token_id), len(request.token_ids), tokens)
 
@@ -345,8 +356,9 @@ class Scheduler:
     def begin_epoch(self, epoch: int, limits: Limits) -> StepOutput:
         """Start over on an executor that holds nothing; every request keeps its tokens.
 
-        Running requests return to the queue in order of arrival. Returns those that fail: in
-        flight at MAX_SUSPICIONS epoch ends in a row, or too long for the new limits.
+        Running requests return to the queue in order of arrival; longest outputs shrink to the new
+        limits. Returns those that fail: in flight at MAX_SUSPICIONS epoch ends in a row, or
+        already too long.
         """
         running = [*self.running.values(), *self._detached.values()]
         in_flight_rows = {int(row) for plan in self.in_flight for row in plan.rows}
@@ -372,8 +384,11 @@ class Scheduler:
         for request in list(self.waiting):
             if request.num_suspicions >= MAX_SUSPICIONS:
                 self._fail(request, "in flight each time the executor was lost", tokens)
-            elif request.max_total_tokens > self.limits.max_total_tokens:
+            elif len(request.token_ids) >= self.limits.max_total_tokens:
                 self._fail(request, "too long for the executor that replaced a lost one", tokens)
+            else:
+                longest = self.limits.max_total_tokens
+                request.max_total_tokens = min(request.max_total_tokens, longest)
         self._suspects = {r for r in self._suspects if not r.status.is_finished}
         return tokens.build()
 
@@ -382,6 +397,7 @@ class Scheduler:
         for request in list(self._suspects):
             if request.status.is_finished or self._has_progressed(request):
                 request.num_suspicions = 0
+            if not request.num_suspicions:
                 self._suspects.remove(request)
 
     def _has_progressed(self, request: Request) -> bool:

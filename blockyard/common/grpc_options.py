@@ -13,9 +13,10 @@ LINK_OPTIONS: Final[Options] = [
     ("grpc.max_receive_message_length", 256 * _MIB),
     ("grpc.max_send_message_length", 256 * _MIB),
     ("grpc.so_reuseport", 0),
-    # Peers come back within a second of a restart; do not back off for minutes.
+    # Peers come back within a second of a restart; do not back off for minutes. The least one is
+    # also how long a connection attempt may take.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 """For engine <-> executor and front end <-> engine, both sides."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,6 +22,8 @@ from scheduler_svc.frontend.fanout import Fanout, Stops
 
 _RETRY_INTERVAL_S: Final = 0.2
 _INCOMPATIBLE_RETRY_INTERVAL_S: Final = 1.0
+_MAX_FRAME_BYTES: Final = 1 << 20
+"""Of prompts in one frame: the engine takes a frame in one go, and steps must not wait for it."""
 
 log = logging.getLogger(__name__)
 
@@ -117,13 +119,13 @@ class EngineLink:
         """What has gathered since the last write. A stop comes after its own submit."""
         submits, self._submits = self._submits, []
         stops, self._stops = self._stops, []
-        frames: list[pb.ConnectRequest] = []
-        if submits:
-            frames.append(pb.ConnectRequest(submit=pb.SubmitBatch(submits=submits)))
+        frames = [
+            pb.ConnectRequest(submit=pb.SubmitBatch(submits=batch)) for batch in _batches(submits)
+        ]
         if stops:
             keys, num_kept = zip(*stops, strict=True)
-            batch = pb.StopBatch(request_ids=keys, num_output_tokens=num_kept)
-            frames.append(pb.ConnectRequest(stop=batch))
+            stop = pb.StopBatch(request_ids=keys, num_output_tokens=num_kept)
+            frames.append(pb.ConnectRequest(stop=stop))
         return frames
 
     async def _receive(self, call: _Call) -> _Loss:
@@ -173,3 +175,17 @@ class EngineLink:
         self._fanout.fail_all(grpc.StatusCode.UNAVAILABLE, "the engine was lost; retry")
         if was_ready:
             self._on_ready_changed(False)
+
+
+def _batches(submits: list[pb.Submit]) -> Iterator[list[pb.Submit]]:
+    """Cut into runs of at most _MAX_FRAME_BYTES of prompts, or of one submit."""
+    batch: list[pb.Submit] = []
+    num_bytes = 0
+    for submit in submits:
+        num_bytes += len(submit.prompt_token_ids)
+        if batch and num_bytes > _MAX_FRAME_BYTES:
+            yield batch
+            batch, num_bytes = [], len(submit.prompt_token_ids)
+        batch.append(submit)
+    if batch:
+        yield batch

@@ -28,7 +28,7 @@ from scheduler_svc.tests.scripted_executor import (
 )
 
 EPOCH = 100
-TIMEOUTS = LinkTimeouts(heartbeat_s=0.6, progress_s=0.3)
+TIMEOUTS = LinkTimeouts(heartbeat_s=0.6, progress_s=0.3, beat_s=0.05)
 
 
 class Link:

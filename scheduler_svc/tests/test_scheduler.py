@@ -258,14 +258,58 @@ def test_progress_clears_suspicion() -> None:
     assert len(request.token_ids) == 16
 
 
-def test_a_smaller_executor_fails_only_what_no_longer_fits() -> None:
+def test_a_token_under_way_at_preemption_clears_suspicion() -> None:
+    driver = Driver(num_device_blocks=10, max_num_batched_tokens=18, max_model_len=33)
+    _, second = driver.submit(18, max_tokens=14), driver.submit(13, max_tokens=14)
+    driver.step()
+    driver.plan()
+    driver.scheduler.begin_epoch(2, driver.limits)
+    assert second.num_suspicions == 1
+    driver.plan()
+    driver.commit(epoch=2)
+    driver.plan()
+    driver.plan()
+    driver.plan()
+    while driver.scheduler.in_flight:
+        driver.commit(epoch=2)
+    assert second.num_preemptions == 1
+    assert second.num_suspicions == 0
+
+
+def test_two_losses_without_progress_do_not_make_service_serial() -> None:
+    driver = Driver(max_num_seqs=4)
+    requests = [driver.submit(3, max_tokens=20) for _ in range(4)]
+    for epoch in (2, 3):
+        driver.plan()
+        driver.scheduler.begin_epoch(epoch, driver.limits)
+    assert len(driver.plan().new_rows) == 1
+    driver.commit(epoch=3)
+    num_steps = 1
+    while driver.scheduler.plan(0) is not None:
+        driver.commit(epoch=3)
+        num_steps += 1
+    assert all(r.status is RequestStatus.FINISHED_LENGTH for r in requests)
+    assert num_steps < 30
+
+
+def test_a_queue_of_ended_requests_does_not_grow() -> None:
     driver = Driver()
-    big, small = driver.submit(40), driver.submit(4)
+    blocker = driver.submit(4)
+    for _ in range(1000):
+        driver.scheduler.finish(driver.submit(4), RequestStatus.FINISHED_ABORTED)
+    assert list(driver.scheduler.waiting) == [blocker]
+    assert len(driver.scheduler.waiting._heap) < 100
+
+
+def test_a_smaller_executor_shortens_what_it_can_and_fails_the_rest() -> None:
+    driver = Driver()
+    big, small, long = driver.submit(40), driver.submit(4), driver.submit(4, max_tokens=50)
     driver.plan()
     fields = {f: getattr(driver.limits, f) for f in driver.limits.__slots__}
     output = driver.scheduler.begin_epoch(2, Limits(**{**fields, "num_device_blocks": 6}))
     assert [f.request for f in output.finished] == [big]
-    assert [new.request for new in driver.plan().new_rows] == [small]
+    assert [new.request for new in driver.plan().new_rows] == [small, long]
+    assert (small.max_total_tokens, long.max_total_tokens) == (12, 21)
 
 
 def test_every_running_request_needs_a_token_of_the_budget() -> None:

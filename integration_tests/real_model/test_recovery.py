@@ -1,0 +1,20 @@
+"""The real model's executor is killed and frozen under streams; the supervisor replaces it."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.recovery import compare, targets
+from blockyard.models import store
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+
+NUM_KILLS = 2
+
+
+async def test_streams_survive_kill_and_freeze() -> None:
+    model_path = store.resolve(store.DEFAULT_MODEL, is_quiet=True)
+    outcome, disturbance = await compare(model_path, 8, 160, NUM_KILLS)
+    assert outcome.num_prompts == 8
+    assert len(disturbance.pauses_s) == NUM_KILLS + 1
+    assert not [t for t in targets(outcome, disturbance, NUM_KILLS) if not t.is_met]
