@@ -14,7 +14,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -23,6 +24,7 @@ import numpy as np
 
 from blockyard.executor.v1 import executor_pb2 as pb
 from executor_svc import plan as plans
+from executor_svc.backends.base import Linear
 from executor_svc.backends.cpu.backend import CpuBackend
 from executor_svc.model.config import ModelConfig, parse_config
 from executor_svc.model_runner import ModelRunner
@@ -39,7 +41,7 @@ _BLOCK_SIZE: Final = 16
 _ROWS: Final = (1, 8, 32, 64)
 _CONTEXTS: Final = (16, 128, 512)
 _CHUNKS: Final = (32, 64, 128, 256, 512)
-_MAX_ROUNDS: Final = 10
+_MAX_ROUNDS: Final = 6
 _QUIET: Final = 0.1
 
 
@@ -58,7 +60,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.worst_other_cpu = 0.0
 
-    def __call__(self, call: Callable[[], object], num_calls: int = 9) -> float:
+    def __call__(self, call: Callable[[], object], num_calls: int = 7) -> float:
         """Median seconds of one call in the quietest round."""
         call()
         best: tuple[float, float] | None = None
@@ -140,8 +142,8 @@ def measure_steps(bench: StepBench, watch: Stopwatch) -> list[dict[str, float]]:
     for num_rows in _ROWS:
         for context in _CONTEXTS:
             batch = bench.batch(num_rows, 1, context - 1)
-            greedy_s = watch(lambda batch=batch: bench.step(batch))
-            sampled_s = watch(lambda batch=batch: bench.step(batch, 1.0))
+            greedy_s = watch(partial(bench.step, batch))
+            sampled_s = watch(partial(bench.step, batch, 1.0))
             found.append(
                 {
                     "rows": num_rows,
@@ -165,25 +167,24 @@ def step_weights(config: ModelConfig) -> list[torch.Tensor]:
     return [torch.randn(shape) for shape in [*shapes, (config.vocab_size, config.hidden_size)]]
 
 
+def run_products(products: Sequence[Linear], inputs: list[torch.Tensor]) -> None:
+    """All matrix products of a step, one after the other."""
+    for product, x in zip(products, inputs, strict=True):
+        product(x)
+
+
 def measure_products(bench: StepBench, watch: Stopwatch) -> list[dict[str, float]]:
     """The matrix products of one step: plain torch.nn.functional.linear, and as packed here."""
     weights = step_weights(bench.config)
+    plain = [partial(torch.nn.functional.linear, weight=weight) for weight in weights]
     packed = [bench.backend.pack_linear(weight, None) for weight in weights]
     found = []
     for num_rows in _ROWS:
         inputs = [torch.randn(num_rows, weight.shape[1]) for weight in weights]
 
-        def plain(inputs: list[torch.Tensor] = inputs) -> None:
-            for weight, x in zip(weights, inputs, strict=True):
-                torch.nn.functional.linear(x, weight)
-
-        def ours(inputs: list[torch.Tensor] = inputs) -> None:
-            for product, x in zip(packed, inputs, strict=True):
-                product(x)
-
-        found.append(
-            {"rows": num_rows, "plain_ms": 1e3 * watch(plain), "packed_ms": 1e3 * watch(ours)}
-        )
+        plain_s = watch(partial(run_products, plain, inputs))
+        packed_s = watch(partial(run_products, packed, inputs))
+        found.append({"rows": num_rows, "plain_ms": 1e3 * plain_s, "packed_ms": 1e3 * packed_s})
     return found
 
 
@@ -195,7 +196,7 @@ def measure_attention(bench: StepBench, watch: Stopwatch) -> list[dict[str, floa
         qkv = torch.randn(num_rows, bench.config.qkv_size)
         num_bytes = num_rows * context * bench.kv_token_bytes
         same_size = torch.ones(num_bytes // 4)
-        attend_s = watch(lambda batch=batch, qkv=qkv: bench.attend(batch, qkv))
+        attend_s = watch(partial(bench.attend, batch, qkv))
         read_s = watch(same_size.sum)
         found.append(
             {
@@ -215,7 +216,7 @@ def measure_prefill(bench: StepBench, watch: Stopwatch) -> list[dict[str, float]
     for count in _CHUNKS:
         for computed in (0, 1024):
             batch = bench.batch(1, count, computed)
-            step_s = watch(lambda batch=batch: bench.step(batch), num_calls=3)
+            step_s = watch(partial(bench.step, batch), num_calls=3)
             found.append(
                 {
                     "chunk_tokens": count,

@@ -77,7 +77,8 @@ def _allocate(num_blocks: int, block_bytes: int) -> npt.NDArray[np.float32]:
     if not num_bytes:
         return np.zeros((0, block_bytes // 4), np.float32)
     try:
-        memory = mmap.mmap(-1, num_bytes)
+        # Private: shared memory would get no huge pages.
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise KvPoolError(f"cannot allocate {num_bytes} bytes of KV memory: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE") and num_bytes >= _HUGE_PAGE_BYTES:

@@ -225,3 +225,13 @@ async def test_a_new_engine_waits_for_a_live_one_and_then_gets_a_clean_executor(
             await check_all(await submit_many(client, 8))
             assert (await client.idle()).num_recoveries == 0
         proxy.resume()
+
+
+@pytest.mark.timeout(60)
+async def test_a_slow_link_is_slow_but_works(tmp_path: Path) -> None:
+    proxy = UdsProxy(tmp_path / "proxy.sock", tmp_path / "executor.sock")
+    proxy.delay_s = 0.15
+    async with proxy, stack(tmp_path, executor=proxy.address) as system:
+        await system.client.ready()
+        await check_all(await submit_many(system.client, 4))
+        assert (await system.client.idle()).num_recoveries == 0

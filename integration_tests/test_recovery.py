@@ -210,3 +210,39 @@ async def test_an_engine_waits_for_its_executor(tmp_path: Path) -> None:
         assert "state=connecting" in processes.engine.log()
     finally:
         await processes.stop()
+
+
+@pytest.mark.timeout(60)
+async def test_an_executor_frozen_before_the_engine_came_is_noticed(tmp_path: Path) -> None:
+    processes = Processes(tmp_path, executor_flags=EXECUTOR_FLAGS, engine_flags=ENGINE_FLAGS)
+    async with asyncio.timeout(TIMEOUT_S), running(processes):
+        async with EngineClient(processes.engine_address) as engine:
+            await engine.ready()
+        await processes.engine.kill()
+        processes.executor.pause()
+        await processes.engine.start()
+        async with EngineClient(processes.engine_address) as engine:
+            await engine.watch_until(State.STATE_UNRESPONSIVE, "DEADLINE_EXCEEDED")
+            await processes.executor.restart()
+            await engine.ready()
+
+
+@pytest.mark.timeout(60)
+async def test_an_engine_that_was_paused_itself_does_not_blame_the_executor(tmp_path: Path) -> None:
+    async with system(tmp_path) as up:
+        states: set[int] = set()
+
+        async def watch() -> None:
+            async for update in up.engine.stub.WatchExecutor(pb.WatchExecutorRequest()):
+                states.add(update.state)
+
+        watching = asyncio.create_task(watch())
+        streams = asyncio.create_task(stream_all(up.public))
+        await asyncio.sleep(0.3)
+        up.processes.engine.pause()
+        await asyncio.sleep(3.0)  # twice the heartbeat timeout
+        up.processes.engine.resume()
+        for answer, request in zip(await streams, requests(), strict=True):
+            assert answer.token_ids == reference(*request)
+        watching.cancel()
+        assert states == {State.STATE_READY}

@@ -33,6 +33,16 @@ class WalkRequest:
     num_barren_epochs: int = 0  # ends of epochs since it got its last token
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt, and output so far."""
+        return self.request.num_prompt_tokens + len(self.output)
+
+    @property
+    def num_tokens_wanted(self) -> int:
+        """Prompt, and the whole output."""
+        return self.request.num_prompt_tokens + len(self.expected)
+
+    @property
     def wants_stop(self) -> bool:
         """Whether the front end has found its stop string."""
         return not self.is_ended and self.stops_at is not None and len(self.output) >= self.stops_at
@@ -55,10 +65,13 @@ class WalkRequest:
         assert finished.num_output_tokens == len(self.output), (self, finished)
         if self.request.status is RequestStatus.FINISHED_ERROR:
             is_suspect = self.num_barren_epochs >= MAX_SUSPICIONS
-            is_too_long = self.request.max_total_tokens > limits.max_total_tokens
+            is_too_long = self.num_tokens >= limits.max_total_tokens
             assert self.is_poisoned or is_suspect or is_too_long, (self, finished)
             return
-        assert self.output == self.expected, f"{self}: ended after {len(self.output)} tokens"
+        # A smaller executor took over: the length limit shrank with it.
+        is_shortened = self.num_tokens == self.request.max_total_tokens < self.num_tokens_wanted
+        is_whole = self.output == self.expected
+        assert is_whole or is_shortened, f"{self}: ended after {len(self.output)} tokens"
         is_stop = finished.stop_token_id is not None
         assert is_stop == (self.request.status is RequestStatus.FINISHED_STOP), (self, finished)
         if is_stop:
