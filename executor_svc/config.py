@@ -35,7 +35,7 @@ class ExecutorSettings(ServiceSettings):
     )
     block_size: int = Field(16, ge=1, le=256, description="Tokens per KV block.")
     max_rows: int = Field(256, ge=1, description="Most requests resident at once.")
-    max_num_batched_tokens: int = Field(128, ge=1, description="Most tokens in one step.")
+    max_num_batched_tokens: int = Field(256, ge=1, description="Most tokens in one step.")
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt + output; not set: the model's."
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
@@ -16,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 # The backend is imported before torch, because it sets up the OpenMP runtimes.
+from executor_svc.backends.cpu import work
 from executor_svc.backends.cpu.backend import CpuBackend
 
 import torch  # isort: skip
 
 from blockyard.common import model_dir as model_dirs
+from blockyard.common.model_dir import ModelDir
 from blockyard.common.protocol import MAX_WINDOW
 from blockyard.executor.v1 import executor_pb2 as pb
 from executor_svc import sampler
@@ -102,15 +105,10 @@ class ModelRunner:
         config = parse_config(directory.config)
         model_len = _model_len(config, max_model_len)
         backend = CpuBackend(config, block_size, max_num_batched_tokens, model_len, num_threads)
-        block_bytes = backend.block_bytes
-        num_blocks = KvPool.num_blocks(kv_memory_bytes, block_bytes)
-        backend.use_threads()
-        with torch.inference_mode(), Weights(directory.weight_files) as weights:
-            model = load_llama(
-                config, weights, backend, lambda done: report("loading weights", done)
-            )
+        num_blocks = KvPool.num_blocks(kv_memory_bytes, backend.block_bytes)
+        model = _load_model(directory, config, backend, partial(report, "loading weights"))
         report("allocating blocks", 0.0)
-        pool = KvPool(num_blocks, num_host_blocks, block_bytes)
+        pool = KvPool(num_blocks, num_host_blocks, backend.block_bytes)
         backend.use_pool(pool)
         info = RunnerInfo(
             model_digest=directory.digest,
@@ -122,7 +120,7 @@ class ModelRunner:
             num_host_blocks=num_host_blocks,
             max_rows=max_rows,
             max_num_batched_tokens=max_num_batched_tokens,
-            block_bytes=block_bytes,
+            block_bytes=backend.block_bytes,
             device=backend.device,
         )
         runner = cls(info, model, backend, pool)
@@ -243,9 +241,11 @@ class ModelRunner:
         Runs on the padding block: nothing there is ever read.
         """
         one: IntArray = np.ones(1, np.int32)
-        table: IntArray = np.zeros((1, 1), np.int32)
         row: IntArray = np.zeros(1, np.int32)
-        batch = StepBatch(row, one, row, 1, row, row, row, one)
+        # Long enough a context to be cut into parts and merged, if the model allows it.
+        context = min(work.PART, self._info.max_model_len - 1)
+        table: IntArray = np.zeros((1, context // self._info.block_size + 1), np.int32)
+        batch = StepBatch(row, one, np.full(1, context, np.int32), 1, row, row, row, one)
         with torch.inference_mode():
             self._backend.begin_step(batch, table)
             hidden = self._model.forward(self._backend, row)
@@ -260,6 +260,14 @@ class ModelRunner:
             num_candidates=np.ones(1, np.uint32),
         )
         sampler.sample(logits, params, one, self._backend.num_threads)
+
+
+def _load_model(
+    directory: ModelDir, config: ModelConfig, backend: CpuBackend, progress: Callable[[float], None]
+) -> LlamaModel:
+    backend.use_threads()
+    with torch.inference_mode(), Weights(directory.weight_files) as weights:
+        return load_llama(config, weights, backend, progress)
 
 
 def _model_len(config: ModelConfig, max_model_len: int | None) -> int:
