@@ -10,8 +10,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
 
@@ -41,6 +41,8 @@ class ImportJob:
     source: Path
     target: Path
     is_quiet: bool = False
+    # Entries of generation_config.json for a GGUF file, which cannot name them.
+    default_sampling: Mapping[str, float | bool] = field(default_factory=dict)
 
 
 def import_model(job: ImportJob) -> model_dir.ModelDir:
@@ -120,7 +122,7 @@ def _import_gguf(job: ImportJob, staging: Path) -> str:
     weights = GgufWeights(source, config)
     gguf_tokenizer.build_tokenizer(source).save(str(staging / model_dir.TOKENIZER_FILE))
     _write_json(staging / model_dir.CONFIG_FILE, config)
-    generation = gguf_config.generation_config(source)
+    generation = {**gguf_config.generation_config(source), **job.default_sampling}
     _write_json(staging / model_dir.GENERATION_CONFIG_FILE, generation)
     strings = gguf_tokenizer.special_token_strings(source)
     _write_json(staging / "tokenizer_config.json", strings)

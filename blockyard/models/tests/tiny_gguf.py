@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
 
-HIDDEN, HEADS, KV_HEADS, INNER, LAYERS = 64, 4, 2, 96, 2
+HIDDEN, HEADS, KV_HEADS, INNER, LAYERS = 128, 4, 2, 96, 2
 HEAD_DIM = HIDDEN // HEADS
 # Not hidden size / heads; and the one that transformers assumes whatever a qwen3 file says.
 QWEN3_HEAD_DIM = 128
