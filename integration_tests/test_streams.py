@@ -7,6 +7,7 @@ import contextlib
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Final
@@ -166,4 +167,17 @@ async def test_ten_thousand_at_once_fill_the_queue_and_hurt_nobody(tmp_path: Pat
         assert answer.token_ids == reference_output(prompt(1), 1000, VOCAB_SIZE)
         late = await public.generate(prompt(2), 5)
         assert late.token_ids == reference_output(prompt(2), 5, VOCAB_SIZE)
+        await engine.idle()
+
+
+@pytest.mark.timeout(70)
+async def test_a_burst_of_calls_gets_an_answer_each(tmp_path: Path) -> None:
+    """Over the public port: gRPC's own limits must not drop calls before they are seen."""
+    num_calls = 5000
+    async with served(tmp_path, 0.001, "--max-waiting", MAX_WAITING) as (public, engine):
+        answers = await asyncio.gather(*(public.generate([n % 7], 1) for n in range(num_calls)))
+        codes = Counter(answer.code for answer in answers)
+        assert codes.keys() <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert codes[grpc.StatusCode.OK] >= MAX_WAITING
+        assert all(a.details for a in answers if a.code is grpc.StatusCode.RESOURCE_EXHAUSTED)
         await engine.idle()

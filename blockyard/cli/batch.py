@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TextIO, cast
 
 from tqdm import tqdm
 
+from blockyard.cli.errors import CommandError
 from blockyard.client import AsyncClient, BlockyardError, GenerateOptions
 
 Result = dict[str, Any]
@@ -37,14 +38,17 @@ async def run_batch(batch: Batch) -> int:
     `finish_reason` and `usage`, or `error` with `code` and `message`. Raises BlockyardError if
     there is no server.
     """
+    lines = _read_lines(batch.source)
     with ExitStack() as files:
-        source = _open(files, batch.source, "r", sys.stdin)
-        output = _open(files, batch.output, "w", sys.stdout)
-        lines = [line for line in source if line.strip()]
         async with AsyncClient(batch.address) as client:
             model = await client.model()
+            # Opened last: nothing is lost if there is no input or no server.
+            output = _open_output(files, batch.output)
             is_chat = model.has_chat_template if batch.is_chat is None else batch.is_chat
-            bar = files.enter_context(tqdm(total=len(lines), unit="req", file=sys.stderr))
+            is_shown = not (output is sys.stdout and output.isatty())
+            bar = files.enter_context(
+                tqdm(total=len(lines), unit="req", file=sys.stderr, disable=not is_shown)
+            )
             run = _Run(client, is_chat, batch.defaults, _OrderedWriter(output, bar))
             todo = iter(enumerate(lines))
             async with asyncio.TaskGroup() as workers:
@@ -70,7 +74,8 @@ class _OrderedWriter:
         self._bar.update()
         while self._num_written in self._waiting:
             line = json.dumps(self._waiting.pop(self._num_written), ensure_ascii=False)
-            self._output.write(line + "\n")
+            # A lone surrogate, which JSON can name and UTF-8 cannot, is written as it came: \ud800.
+            self._output.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
             self._num_written += 1
         self._output.flush()
 
@@ -96,7 +101,7 @@ class _Run:
                 raise BlockyardError("INVALID_ARGUMENT", "the line is not a JSON object")
             head = {"id": fields.pop("id")} if "id" in fields else {}
             return {**head, **await self._complete(fields)}
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             message = f"not valid JSON: {error}"
             return {**head, "error": {"code": "INVALID_ARGUMENT", "message": message}}
         except BlockyardError as error:
@@ -107,6 +112,11 @@ class _Run:
         messages = fields.pop("messages", None)
         if self.is_chat and prompt is not None and messages is None and token_ids is None:
             messages, prompt = [{"role": "user", "content": prompt}], None
+        unknown = fields.keys() - GenerateOptions.__annotations__.keys()
+        if unknown:
+            raise BlockyardError("INVALID_ARGUMENT", f"unknown field {min(unknown)!r}")
+        if not isinstance(fields.get("timeout", 0.0), int | float | None):
+            raise BlockyardError("INVALID_ARGUMENT", "timeout is not a number of seconds")
         options = cast("GenerateOptions", {**self.defaults, **fields})
         completion = await self.client.complete(
             prompt, token_ids=token_ids, messages=messages, **options
@@ -119,7 +129,23 @@ class _Run:
         }
 
 
-def _open(files: ExitStack, path: Path | None, mode: str, standard: TextIO) -> TextIO:
+def _read_lines(path: Path) -> list[str]:
+    """The lines that are not blank; bytes that are not UTF-8 make their line invalid, not more."""
+    if str(path) == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CommandError(f"{path}: {error.strerror}", 2) from error
+    text = data.decode("utf-8-sig", "surrogateescape")
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def _open_output(files: ExitStack, path: Path | None) -> TextIO:
     if path is None or str(path) == "-":
-        return standard
-    return cast("TextIO", files.enter_context(path.open(mode, encoding="utf-8")))
+        return sys.stdout
+    try:
+        return files.enter_context(path.open("w", encoding="utf-8"))
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror}", 2) from error

@@ -66,11 +66,12 @@ class _Conversation:
         except BlockyardError as error:
             # Without an answer the question is no part of the conversation.
             self._messages.pop()
-            if error.code not in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "INTERNAL"):
-                raise
             click.echo(f"\n{error}", err=True)
         else:
-            self._messages.append({"role": "assistant", "content": answer})
+            if answer:
+                self._messages.append({"role": "assistant", "content": answer})
+            else:
+                self._messages.pop()
 
     def _answer(self) -> str:
         """Stream one answer; Ctrl-C ends it and keeps what came. Returns its text."""

@@ -38,7 +38,7 @@ from blockyard.client import BlockyardError, Client
 )
 @options.sampling
 def command(prompt: str | None, address: str, source: Path | None, **rest: Any) -> None:
-    r"""Complete PROMPT and stream the text; or every request of a file.
+    """Complete PROMPT and stream the text; or every request of a file.
 
     PROMPT is sent as a chat message if the model has a chat template, unless --raw is given.
 
@@ -50,6 +50,10 @@ def command(prompt: str | None, address: str, source: Path | None, **rest: Any) 
     if (prompt is None) == (source is None):
         raise click.UsageError("give either a PROMPT or --file")
     is_chat, output, concurrency = (rest.pop(key) for key in ("is_chat", "output", "concurrency"))
+    if source is None and output is not None:
+        raise click.UsageError("--output goes with --file")
+    if source is not None and output is not None and output.exists() and output.samefile(source):
+        raise click.UsageError("--output is the input file")
     try:
         if source is not None:
             batch = Batch(address, source, output, concurrency, is_chat, options.given(rest))
@@ -69,9 +73,11 @@ def _stream(prompt: str, address: str, is_chat: bool | None, given: dict[str, An
             chunks = client.generate(messages=[{"role": "user", "content": prompt}], **wanted)
         else:
             chunks = client.generate(prompt, **wanted)
-        for chunk in chunks:
-            click.echo(chunk.text, nl=False)
-    click.echo()
+        try:
+            for chunk in chunks:
+                click.echo(chunk.text, nl=False)
+        finally:
+            click.echo()
 
 
 def _report(num_failed: int) -> None:

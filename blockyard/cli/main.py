@@ -41,7 +41,7 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="blockyard")
 def cli() -> None:
-    r"""Blockyard serves large language models with PagedAttention.
+    """Blockyard serves large language models with PagedAttention.
 
     \b
     Start a server:       blockyard serve

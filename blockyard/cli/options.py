@@ -23,6 +23,9 @@ _SAMPLING = [
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."),
 ]
 
+_NOBODY = "failed to connect to all addresses"
+"""gRPC's words when nobody listens."""
+
 address = click.option(
     "--address", default="127.0.0.1:50051", show_default=True, help="The server's host:port."
 )
@@ -45,6 +48,6 @@ def given(options: dict[str, Any]) -> GenerateOptions:
 
 def explain(error: BlockyardError, address: str) -> Exception:
     """An error as a user should see it: most often there is no server."""
-    if error.code == "UNAVAILABLE" and "connect" in error.message.lower():
+    if error.code == "UNAVAILABLE" and _NOBODY in error.message:
         return CommandError(f"no server at {address}; start one with: blockyard serve")
     return error

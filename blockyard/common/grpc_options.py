@@ -8,6 +8,9 @@ _MIB = 1 << 20
 
 Options = list[tuple[str, int]]
 
+MAX_PENDING_CALLS: Final = 50_000
+"""Calls that a front end may have been sent and not begun to handle."""
+
 LINK_OPTIONS: Final[Options] = [
     # Internal links carry whole prompts of many requests in one frame.
     ("grpc.max_receive_message_length", 256 * _MIB),
@@ -32,6 +35,10 @@ def public_server_options(max_request_bytes: int, *, reuse_port: bool) -> Option
     return [
         ("grpc.max_receive_message_length", max_request_bytes),
         ("grpc.so_reuseport", int(reuse_port)),
+        # gRPC itself drops calls of a burst before anybody sees them; the engine's queue has a
+        # limit of its own, and an answer for those beyond it.
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
         ("grpc.http2.min_ping_interval_without_data_ms", 1000),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.keepalive_permit_without_calls", 1),

@@ -70,11 +70,6 @@ class Child:
         process = self._process
         return process.pid if process is not None and process.returncode is None else None
 
-    @property
-    def last_lines(self) -> list[str]:
-        """The end of its output."""
-        return list(self._last_lines)
-
     def start(self) -> asyncio.Task[None]:
         """Keep it running until `stop` or `kill`.
 

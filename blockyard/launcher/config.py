@@ -10,9 +10,18 @@ from blockyard.common.protocol import MAX_WINDOW
 from blockyard.common.sizes import parse_size
 from blockyard.models.store import DEFAULT_MODEL
 
+MAX_PORT = 65535
+
 
 def _checked_size(text: str) -> str:
     parse_size(text)
+    return text
+
+
+def _checked_address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > MAX_PORT:
+        raise ValueError(f"{text!r} is not host:port")
     return text
 
 
@@ -23,7 +32,7 @@ class ServeSettings(BaseModel):
 
     model: str = DEFAULT_MODEL
     """A stored name, a model directory, or a .gguf file; see `store.resolve`."""
-    listen: str = Field(default="127.0.0.1:50051", pattern=r"^.+:\d{1,5}$")
+    listen: Annotated[str, AfterValidator(_checked_address)] = "127.0.0.1:50051"
     """host:port of the public API; port 0 picks a free one."""
     max_model_len: int | None = Field(default=None, ge=1)
     kv_memory: Annotated[str, AfterValidator(_checked_size)] = "1GiB"

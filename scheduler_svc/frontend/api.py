@@ -184,13 +184,13 @@ class GenerateApi:
         """Check, tokenise and submit. Raises RequestError."""
         request = _parse(pb.GenerateRequest, data)
         record.request_id = validation.check_request_id(request)
-        self._engine_state()
+        max_model_len = self._engine_state().max_model_len
         vocab_size = self._model.vocab_size
         validation.check_input(request, vocab_size)
         sampling = validation.check_sampling(request.sampling, self._model.sampling_defaults)
         record.seed = sampling.seed
         stopping = validation.check_stopping(request, self._model.eos_token_ids, vocab_size)
-        prompt = await self._tokenise(request)
+        prompt = await self._tokenise(request, max_model_len)
         record.num_prompt_tokens = len(prompt)
         # Tokenising took time: the engine may have come, gone or changed.
         state = self._engine_state()
@@ -211,10 +211,17 @@ class GenerateApi:
             raise RequestError(grpc.StatusCode.UNAVAILABLE, "the engine is not ready yet; retry")
         return state
 
-    async def _tokenise(self, request: pb.GenerateRequest) -> list[int]:
+    async def _tokenise(self, request: pb.GenerateRequest, max_model_len: int) -> list[int]:
+        """Token ids of the input; text that cannot fit is refused before any work is done."""
         kind = request.WhichOneof("input")
         if kind == "token_ids":
             return list(request.token_ids.ids)
+        num_chars = len(request.prompt) + sum(len(m.content) for m in request.chat.messages)
+        if num_chars > self._tokenizer.max_text_chars(max_model_len):
+            raise validation.invalid(
+                f"{kind}: {num_chars} characters are more than the {max_model_len} tokens that "
+                "prompt and output may have together"
+            )
         if kind == "prompt":
             return await self._tokenizer.encode_prompt(request.prompt)
         if not self._tokenizer.has_chat_template:

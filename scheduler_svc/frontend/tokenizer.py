@@ -29,6 +29,8 @@ from scheduler_svc.frontend.vocabulary import (
 )
 
 _NUM_THREADS: Final = 2
+_NORMALISER_MARGIN: Final = 2
+"""A normaliser may shorten text before it is cut into tokens."""
 
 Message = dict[str, str]
 """{"role": ..., "content": ...}"""
@@ -51,6 +53,7 @@ class PromptTokenizer:
         # Longest first, as alternatives are tried in order.
         self._special_text = _alternatives(sorted(specials, key=len, reverse=True))
         self._template = self._compile_template(model)
+        self._longest_token_chars = max(map(len, self._recognising.get_vocab()), default=1)
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
         try:
             self.vocabulary: Vocabulary = load_vocabulary(self._recognising, model.vocab_size)
@@ -61,6 +64,10 @@ class PromptTokenizer:
     def has_chat_template(self) -> bool:
         """Whether `encode_chat` may be called."""
         return self._template is not None
+
+    def max_text_chars(self, max_tokens: int) -> int:
+        """Longer texts surely have more than `max_tokens` tokens, whatever they say."""
+        return max_tokens * self._longest_token_chars * _NORMALISER_MARGIN
 
     async def encode_prompt(self, text: str) -> list[int]:
         """Ids of a plain prompt."""

@@ -109,6 +109,43 @@ def test_batch_keeps_order_and_survives_bad_lines(
     assert sent["token_ids"].stop.max_tokens == 3
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "a", "timeout": "abc"}', "timeout"),
+        (b'{"prompt": "a", "self": 1}', "self"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"prompt": "\xff"}', ""),
+    ],
+)
+def test_no_line_can_stop_the_batch(
+    line: bytes, message: str, run: Run, server: ScriptedServer, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + line + b'\n{"id": "\\ud800", "prompt": "b"}\n')
+    arguments = ["--file", str(source), "--output", str(output), "--raw"]
+    outcome = run("generate", *arguments, "--address", server.address)
+    assert outcome.exit_code == 1
+    bad, good = (json.loads(result) for result in output.read_text().splitlines())
+    assert message in bad["error"]["message"]
+    assert good["text"] == "B"
+
+
+def test_a_failed_batch_leaves_its_files_alone(
+    run: Run, server: ScriptedServer, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a"}\n')
+    output.write_text("results of yesterday\n")
+    files = ["generate", "--file", str(source), "--output"]
+    assert run(*files, str(output), "--address", "127.0.0.1:1").exit_code == 1
+    assert output.read_text() == "results of yesterday\n"
+    assert run(*files, str(source), "--address", server.address).exit_code == 2
+    assert source.read_text() == '{"prompt": "a"}\n'
+    missing = tmp_path / "missing" / "out.jsonl"
+    assert run(*files, str(missing), "--address", server.address).exit_code == 2
+
+
 def test_batch_to_standard_output(run: Run, server: ScriptedServer, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("".join(f'{{"prompt": "p{n}"}}\n' for n in range(50)))

@@ -334,3 +334,21 @@ async def test_log_line_has_numbers_and_no_text(
     assert fields["output_tokens"] == 2
     assert 0 <= fields["ttft_ms"] <= fields["duration_ms"]
     assert "quick" not in caplog.text
+
+
+async def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def encode(*_: object) -> list[int]:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(PromptTokenizer, "encode_prompt", encode)
+    monkeypatch.setattr(PromptTokenizer, "encode_chat", encode)
+    text = "x" * 1_000_000
+    message = pb.ChatMessage(role="user", content=text)
+    for request in (
+        pb.GenerateRequest(prompt=text),
+        pb.GenerateRequest(chat=pb.ChatMessages(messages=[message])),
+    ):
+        call = service.stub.GenerateUnary(request)
+        await expect_status(call, grpc.StatusCode.INVALID_ARGUMENT, "1000000 characters")
