@@ -34,6 +34,7 @@ from executor_svc.runner import StepBatch
 # After the runner, which sets up threading.
 import torch  # isort: skip
 
+from benchmarks import report
 from blockyard.common import model_dir
 from blockyard.models import store
 
@@ -229,8 +230,27 @@ def measure_prefill(bench: StepBench, watch: Stopwatch) -> list[dict[str, float]
 
 
 @torch.inference_mode()
+def targets(results: dict[str, Any]) -> list[report.Target]:
+    """Short-context steps against plain torch products, and attention against a plain read."""
+    plain_ms = {entry["rows"]: entry["plain_ms"] for entry in results["products"]}
+    reached = [
+        report.Target(
+            f"plain products / step, {step['rows']} rows",
+            plain_ms[step["rows"]] / step["greedy_ms"],
+            ">=",
+            0.85,
+        )
+        for step in results["steps"]
+        if step["context_tokens"] == min(_CONTEXTS)
+    ]
+    for entry in results["attention"]:
+        name = f"attention / read, {entry['rows']} x {entry['context_tokens']}"
+        reached.append(report.Target(name, entry["share"], ">=", 0.7))
+    return reached
+
+
 def main(arguments: list[str]) -> int:
-    """Measure everything and print one JSON object."""
+    """Measure everything, print it and write results/cpu_step.json."""
     path = Path(arguments[0]) if arguments else store.resolve(store.DEFAULT_MODEL, is_quiet=True)
     watch = Stopwatch()
     bench = StepBench(path, num_blocks=64 * 512 // _BLOCK_SIZE + 65)
@@ -243,8 +263,11 @@ def main(arguments: list[str]) -> int:
         "prefill": measure_prefill(bench, watch),
     }
     results["other_cpu"] = watch.worst_other_cpu
+    reached = targets(results)
     print(json.dumps(results, indent=1))
-    return 0
+    report.print_targets(reached)
+    report.write("cpu_step", results, reached)
+    return 0 if all(target.is_met for target in reached) else 1
 
 
 if __name__ == "__main__":
