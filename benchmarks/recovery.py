@@ -65,12 +65,12 @@ class Killer:
         """Some stream got tokens."""
         self._has_tokens.set()
 
-    async def run(self, num_kills: int, num_freezes: int) -> None:
+    async def run(self, num_kills: int, num_freezes: int, longest_undisturbed_s: float) -> None:
         """Do all of it, or as much as the streams last."""
         moves = [signal.SIGKILL] * num_kills + [signal.SIGSTOP] * num_freezes
         self._random.shuffle(moves)
         for move in moves:
-            await asyncio.sleep(self._random.uniform(0.0, _LONGEST_UNDISTURBED_S))
+            await asyncio.sleep(self._random.uniform(0.0, longest_undisturbed_s))
             await self._disturb(move)
 
     async def _disturb(self, move: signal.Signals) -> None:
@@ -91,7 +91,7 @@ async def disturbed(
     prompts: Sequence[Prompt],
     found: Sequence[Reference],
     num_kills: int,
-    num_freezes: int,
+    longest_undisturbed_s: float,
 ) -> tuple[Outcome, Disturbance]:
     """Stream all prompts while the killer works. Raises BlockyardError if a stream fails."""
     settings = ServeSettings(model=str(model.path), listen="127.0.0.1:0", num_threads=_NUM_THREADS)
@@ -104,14 +104,18 @@ async def disturbed(
             )
             for prompt in prompts
         ]
-        killing = asyncio.create_task(killer.run(num_kills, num_freezes))
+        killing = asyncio.create_task(killer.run(num_kills, 1, longest_undisturbed_s))
         outcome = judge("disturbed", found, await asyncio.gather(*answers))
         killing.cancel()
     return outcome, killer.done
 
 
 async def compare(
-    model_path: Path, num_streams: int, num_output_tokens: int, num_kills: int
+    model_path: Path,
+    num_streams: int,
+    num_output_tokens: int,
+    num_kills: int,
+    longest_undisturbed_s: float = _LONGEST_UNDISTURBED_S,
 ) -> tuple[Outcome, Disturbance]:
     """Reference, disturbed run, ties."""
     model = model_dir.load(model_path)
@@ -119,7 +123,7 @@ async def compare(
         prompts = await short_prompts(peer, model_path, num_streams)
         found = await references(peer, prompts, num_output_tokens, model.digest)
         noise_level = await noise(peer, found)
-    outcome, disturbance = await disturbed(model, prompts, found, num_kills, num_freezes=1)
+    outcome, disturbance = await disturbed(model, prompts, found, num_kills, longest_undisturbed_s)
     async with hf_peer(model_path, _NUM_THREADS) as peer:
         await count_ties(peer, [outcome], found, noise_level)
     return outcome, disturbance

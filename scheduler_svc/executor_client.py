@@ -206,7 +206,14 @@ class ExecutorClient:
         self._set_state(LinkState.READY)
 
     async def _read(self, stream: Stream) -> pb.RunResponse:
-        frame = await stream.read()
+        try:
+            frame = await stream.read()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # gRPC's way to say that the call was cancelled; a task group would not notice.
+            raise SessionEndedError("the call was cancelled") from None
         if frame is grpc.aio.EOF:
             raise SessionEndedError(f"stream ended: {await stream.details()}")
         return frame  # type: ignore[return-value]  # EOF was excluded
@@ -229,8 +236,8 @@ class ExecutorClient:
         while True:
             try:
                 await stream.write(await outbox.get())
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                return  # the reader sees why
+            except asyncio.InvalidStateError:
+                raise SessionEndedError("the call has ended") from None
 
     async def _beat(self) -> None:
         """Send heartbeats, and find out whether the executor is silent or stuck.

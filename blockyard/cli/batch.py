@@ -115,8 +115,6 @@ class _Run:
         unknown = fields.keys() - GenerateOptions.__annotations__.keys()
         if unknown:
             raise BlockyardError("INVALID_ARGUMENT", f"unknown field {min(unknown)!r}")
-        if not isinstance(fields.get("timeout", 0.0), int | float | None):
-            raise BlockyardError("INVALID_ARGUMENT", "timeout is not a number of seconds")
         options = cast("GenerateOptions", {**self.defaults, **fields})
         completion = await self.client.complete(
             prompt, token_ids=token_ids, messages=messages, **options

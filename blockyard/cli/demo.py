@@ -30,7 +30,11 @@ def command(question: str, model: str, keep: bool) -> None:
     with errors_explained():
         path = store.resolve(model)
     settings = ServeSettings(model=str(path), listen="127.0.0.1:0")
-    click.echo("starting executor, engine and front end ...", err=True)
+    click.echo(
+        "starting executor, engine and front end "
+        "(the first start compiles the kernels: about 20 s) ...",
+        err=True,
+    )
     try:
         uvloop.run(_demo(settings, question, begin, keep=keep))
     except ServeError as error:

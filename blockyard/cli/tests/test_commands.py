@@ -214,7 +214,12 @@ def test_interrupting_an_answer_keeps_the_conversation(
 
     monkeypatch.setattr("blockyard.cli.chat.click.echo", echo)
     _typing(monkeypatch, "hi", "go on")
-    assert run("chat", "--address", server.address).exit_code == 0
+    # A shell's background jobs start with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run("chat", "--address", server.address).exit_code == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert " [stopped]" in echoed
     contents = [message.content for message in server.requests[1].chat.messages]
     assert contents == ["hi", "one ", "go on"]
