@@ -174,6 +174,7 @@ async def test_another_model_is_refused_by_the_engine(tmp_path: Path) -> None:
         EngineClient(listen) as client,
     ):
         await client.watch_until(State.STATE_INCOMPATIBLE, f"{FAKE_DIGEST}, expected another")
+        await until(lambda: bool(client.states))
         assert not client.states[-1].ready
         output = client.submit([1], 1)
         await output.ended.wait()
