@@ -16,14 +16,7 @@ from scheduler_svc.kv_manager import KVManager, RowIds
 from scheduler_svc.policy import WaitingQueue, needs_reservation, pick_victim
 from scheduler_svc.request import NO_ROW, Request, RequestStatus, TokenIds
 from scheduler_svc.rows import Rows
-from scheduler_svc.step_plan import (
-    Finished,
-    NewRow,
-    StepOutput,
-    StepPlan,
-    StepTokens,
-    TokenColumns,
-)
+from scheduler_svc.step_plan import Finished, NewRow, StepOutput, StepPlan, StepTokens, TokenColumns
 
 MAX_SUSPICIONS = 3
 """A request in flight at this many epoch ends in a row, with no token in between, fails."""
