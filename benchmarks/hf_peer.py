@@ -58,6 +58,18 @@ class HfPeer:
         assert all(len(ids) == num_output_tokens for ids in outputs)
         return outputs
 
+    async def beams(
+        self,
+        token_ids: list[int],
+        options: dict[str, Any],
+        bound: float | None = None,
+        nudges: Sequence[dict[str, Any]] = (),
+    ) -> dict[str, Any]:
+        """`sequences`, `scores` and, within `bound`, `close` choices; see hf_beams.beam_search."""
+        return await self._call(
+            "beams", token_ids=token_ids, options=options, bound=bound, nudges=nudges
+        )
+
     async def next_logits(self, token_ids: list[int], candidates: list[int]) -> list[float]:
         """Logits of `candidates` after `token_ids`, at batch 1."""
         answer = await self._call("next_logits", token_ids=token_ids, candidates=candidates)

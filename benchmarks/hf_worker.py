@@ -17,6 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.hf_beams import beam_search
+
 Answer = dict[str, Any]
 Sequences = list[list[int]]
 
@@ -110,6 +112,12 @@ class Worker:
         continuations: Sequences = output[:, batch.shape[1] :].tolist()
         return continuations
 
+    def beams(
+        self, token_ids: list[int], options: Answer, bound: float | None, nudges: list[Answer]
+    ) -> Answer:
+        """See beam_search."""
+        return beam_search(self._model, token_ids, options, bound, nudges)
+
     def next_logits(self, token_ids: list[int], candidates: list[int]) -> Answer:
         """Logits of `candidates` as the token after `token_ids`, at batch 1."""
         logits = self._logits([token_ids], 1)[0, -1]
@@ -163,7 +171,7 @@ def main() -> None:
         call.__name__: call
         for call in (
             *(worker.describe, worker.tokenize, worker.generate, worker.greedy),
-            *(worker.next_logits, worker.batch_noise),
+            *(worker.beams, worker.next_logits, worker.batch_noise),
         )
     }
     with torch.inference_mode():

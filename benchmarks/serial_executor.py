@@ -14,12 +14,12 @@ from dataclasses import replace
 import uvloop
 
 from blockyard.common import logs
+from executor_svc.backends.checking.runner import FakeRunner
 from executor_svc.plan import Plan
 from executor_svc.row_state import RowState
 from executor_svc.runner import PendingStep, RunnerInfo, StepBatch, StepOutputs
 from executor_svc.server import serve
 from integration_tests.fake_executor import make_runner, parse_arguments
-from integration_tests.fake_runner import FakeRunner
 
 
 class _DoneStep:

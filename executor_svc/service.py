@@ -235,6 +235,7 @@ class ExecutorServicer(pb_grpc.ExecutorServiceServicer):
                 heartbeat = pb.Heartbeat(
                     applied_step_id=self._ledger.applied_step_id,
                     completed_step_id=self._ledger.completed_step_id,
+                    cost_model=self._worker.cost_model(),
                 )
                 stream.send(pb.RunResponse(heartbeat=heartbeat))
             await asyncio.sleep(self._heartbeat_interval_s)

@@ -14,13 +14,13 @@ from blockyard.common import logs
 from blockyard.common.listen_address import ListenError
 from blockyard.common.process import exit_with_parent
 from blockyard.executor.v1 import executor_pb2 as pb
+from executor_svc.backends.checking.runner import FakeOptions, FakeRunner, fake_info
 from executor_svc.plan import PlanError
 from executor_svc.row_state import RowState
 from executor_svc.runner import FatalDeviceError, Runner
 from executor_svc.server import serve
 from executor_svc.step_ledger import StepLedger
 from executor_svc.step_worker import LaunchedStep, launch
-from integration_tests.fake_runner import FakeOptions, FakeRunner, fake_info
 
 log = logging.getLogger(__name__)
 

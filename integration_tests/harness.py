@@ -17,11 +17,11 @@ import grpc.aio
 
 from blockyard.common.grpc_options import LINK_OPTIONS
 from blockyard.engine.v1 import engine_pb2_grpc
+from executor_svc.backends.checking.runner import FakeOptions, FakeRunner
 from executor_svc.plan import Plan
 from executor_svc.row_state import RowState
 from executor_svc.runner import PendingStep, RunnerInfo, StepBatch
 from executor_svc.server import ExecutorServer
-from integration_tests.fake_runner import FakeOptions, FakeRunner
 from scheduler_svc.config import EngineSettings
 from scheduler_svc.engine.loop import Engine
 from scheduler_svc.engine.service import EngineServicer

@@ -2,7 +2,7 @@
 
 One walk is one seed: a random configuration, then random arrivals, aborts, early stops, delays,
 losses and restarts, until every request has ended. The scheduler, the plan codec and the executor's
-decode, plan_check and row_state are the real ones; the runner checks content (fake_runner.py).
+decode, plan_check and row_state are the real ones; the runner checks content (backends/checking).
 
     python -m integration_tests.random_walk --seeds 2000
 """
@@ -19,13 +19,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from benchmarks import report
+from executor_svc.backends.checking.runner import FakeOptions, FakeRunner, fake_info
 from executor_svc.plan import PlanError
-from integration_tests.fake_runner import FakeOptions, FakeRunner, fake_info
 from integration_tests.sim_link import SimLink
-from integration_tests.walk_request import WalkRequest, random_request
+from integration_tests.walk_request import RequestMaker, WalkRequest
 from scheduler_svc import plan_codec
-from scheduler_svc.request import RequestStatus
-from scheduler_svc.scheduler import Limits, Scheduler
+from scheduler_svc.cost_model import CostModel
+from scheduler_svc.limits import Limits
+from scheduler_svc.policy import Policy, PreemptionMode
+from scheduler_svc.request import Request, RequestStatus
+from scheduler_svc.scheduler import Scheduler
 from scheduler_svc.step_plan import StepOutput
 
 VOCAB_SIZE: Final = 997
@@ -53,7 +56,19 @@ class WalkCounts:
     aborts: int = 0
     stop_tokens: int = 0
     stop_strings: int = 0
-    failed_rows: int = 0
+    failed_requests: int = 0
+    samples: int = 0  # requests with several
+    borrowed_logits: int = 0
+    beam_searches: int = 0
+    forks: int = 0
+    copied_blocks: int = 0
+    hit_tokens_device: int = 0
+    hit_tokens_host: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+    preemptions_by_swap: int = 0
+    evictions: int = 0
+    flushes: int = 0
 
     def add(self, other: WalkCounts) -> None:
         """Sum each count."""
@@ -70,6 +85,7 @@ class Weather:
     restart: float
     abort: float
     poison: float
+    flush: float
 
 
 class Walk:
@@ -92,7 +108,9 @@ class Walk:
         self._arrival_weight = rng.choice([0.1, 1.0, 10.0])
         self._poisoned_seeds: set[int] = set()
         self._link = SimLink(self._runner())
-        self._scheduler = Scheduler(self._limits)
+        self._maker = RequestMaker(rng)
+        self._scheduler = Scheduler(self._limits, _random_policy(rng))
+        self._scheduler.set_cost_model(CostModel(1e6, 1e4, 0.0, rng.choice([1e2, 1e8])))
         self._scheduler.begin_epoch(self._link.epoch, self._limits)
         self._requests: dict[int, WalkRequest] = {}
         self._num_max_steps = 100
@@ -111,10 +129,26 @@ class Walk:
             assert num_actions < _ACTIONS_PER_STEP * self._num_max_steps, "no step is ever ended"
             assert self.counts.steps < self._num_max_steps, f"{self._live()} starve"
         self._check_idle()
-        self.counts.preemptions = self._scheduler.num_preemptions
+        self._add_counters()
         self.counts.resent_plans = self._link.num_resent
         self.counts.replayed_results = self._link.num_replayed
         return self.counts
+
+    def _add_counters(self) -> None:
+        counters, counts = self._scheduler.snapshot().counters, self.counts
+        counts.preemptions_by_swap = counters.num_preemptions_by_swap
+        counts.preemptions = self._num_preemptions
+        counts.hit_tokens_device = counters.num_hit_tokens_device
+        counts.hit_tokens_host = counters.num_hit_tokens_host
+        counts.copied_blocks = counters.num_copied
+        counts.swapped_out_blocks = counters.num_swapped_out
+        counts.swapped_in_blocks = counters.num_swapped_in
+        counts.evictions = counters.num_evicted
+
+    @property
+    def _num_preemptions(self) -> int:
+        counters = self._scheduler.snapshot().counters
+        return counters.num_preemptions_by_recompute + counters.num_preemptions_by_swap
 
     @property
     def _is_busy(self) -> bool:
@@ -143,6 +177,7 @@ class Walk:
         if actions and live:
             actions[self._abort] = weather.abort
             actions[self._poison] = weather.poison
+            actions[self._flush] = weather.flush
         return actions
 
     # ---- ordinary life
@@ -150,16 +185,19 @@ class Walk:
     def _arrive(self) -> None:
         self._num_arrivals_left -= 1
         self.counts.requests += 1
-        request = random_request(self._rng, self.counts.requests, self._limits)
+        request = self._maker.make(self.counts.requests, self._limits)
         self._requests[request.request.key] = request
-        self._num_max_steps += _STEPS_PER_TOKEN * request.request.max_total_tokens + 20
+        self.counts.samples += request.request.num_samples > 1
+        self.counts.beam_searches += request.request.beam is not None
+        self._num_max_steps += _num_steps(request) + 20
         self._scheduler.submit(request.request)
         self._has_nothing_to_plan = False
 
     def _plan(self) -> None:
         scheduler, counts = self._scheduler, self.counts
-        oldest = min(scheduler.running.values(), key=lambda r: r.key, default=None)
-        num_preemptions = scheduler.num_preemptions
+        oldest = min(scheduler.running.values(), key=lambda branch: branch.key, default=None)
+        before = set(scheduler.running)
+        num_preemptions = self._num_preemptions
         plan = scheduler.plan(now_ns=counts.steps)
         self._check_pool()
         if oldest is not None:
@@ -168,8 +206,12 @@ class Walk:
         if plan is None:
             return
         assert plan.num_tokens <= self._limits.max_num_batched_tokens
-        assert scheduler.num_preemptions == num_preemptions or not plan.new_rows
+        has_preempted = self._num_preemptions > num_preemptions
+        admitted = {new.branch.key for new in plan.new_rows if new.logits_from is None} - before
+        assert not (has_preempted and admitted), "admitted in a step that preempted"
         counts.steps += 1
+        counts.forks += len(plan.forks)
+        counts.borrowed_logits += sum(new.logits_from is not None for new in plan.new_rows)
         counts.same_batches += plan.same_batch
         counts.chunked_prefills += len(plan.rows) > len(plan.sampling_rows)
         self._link.send(plan_codec.encode(plan))
@@ -190,34 +232,48 @@ class Walk:
             self._has_nothing_to_plan = False
 
     def _publish(self, output: StepOutput) -> None:
-        columns = (output.frontends, output.request_ids, output.token_ids)
-        for frontend, key, token_id in zip(*(c.tolist() for c in columns), strict=True):
+        columns = (output.frontends, output.request_ids, output.branches, output.token_ids)
+        for entry, (frontend, key, branch, token_id) in enumerate(
+            zip(*(c.tolist() for c in columns), strict=True)
+        ):
             request = self._requests[key]
             assert frontend == request.request.frontend, request
-            request.take_token(token_id)
+            request.take_token(branch, token_id, output.logprobs.get(entry))
             self.counts.tokens += 1
         for finished in output.finished:
             self._requests[finished.request.key].end(finished, self._limits)
             self.counts.stop_tokens += finished.stop_token_id is not None
-            self.counts.failed_rows += finished.request.status is RequestStatus.FINISHED_ERROR
+            self.counts.failed_requests += finished.status is RequestStatus.FINISHED_ERROR
 
     def _find_stop_string(self) -> None:
         """The front end looks at the text later than the engine at the tokens."""
         request = self._rng.choice([r for r in self._live() if r.wants_stop])
-        self._end_early(request, RequestStatus.FINISHED_STOP)
+        index = next(i for i, branch in enumerate(request.branches) if branch.wants_stop)
+        branch = request.branches[index]
+        finished = self._scheduler.stop(request.request.branches[index], len(branch.output))
+        branch.is_ended = True
+        request.is_ended = all(each.is_ended for each in request.branches)
+        assert finished.is_last == request.is_ended
+        self._after_change()
         self.counts.stop_strings += 1
 
     # ---- weather
 
     def _abort(self) -> None:
-        self._end_early(self._rng.choice(self._live()), RequestStatus.FINISHED_ABORTED)
+        request = self._rng.choice(self._live())
+        request.is_ended = True
+        self._scheduler.abort(request.request)
+        self._after_change()
         self.counts.aborts += 1
 
-    def _end_early(self, request: WalkRequest, status: RequestStatus) -> None:
-        request.is_ended = True
-        self._scheduler.finish(request.request, status)
+    def _after_change(self) -> None:
         self._check_pool()
         self._has_nothing_to_plan = False
+
+    def _flush(self) -> None:
+        self._scheduler.flush_cache()
+        self._check_pool()
+        self.counts.flushes += 1
 
     def _poison(self) -> None:
         request = self._rng.choice(self._live())
@@ -232,30 +288,29 @@ class Walk:
         """Lose the executor; the next one may have another pool."""
         self._num_restarts_left -= 1
         for request in self._live():
-            request.num_barren_epochs += 1
-        longest = max((r.request.max_total_tokens for r in self._live()), default=1)
+            for branch in request.branches:
+                branch.num_barren_epochs += 1
         if self._rng.random() < 0.3:
-            self._limits = _resized(self._rng, self._limits, longest)
+            self._limits = _resized(self._rng, self._limits, self._live())
         self._link.replace_executor(self._runner())
         self._publish(self._scheduler.begin_epoch(self._link.epoch, self._limits))
         self._check_pool()
         self.counts.epochs += 1
-        self._num_max_steps += sum(
-            _STEPS_PER_TOKEN * r.request.max_total_tokens for r in self._live()
-        )
+        self._num_max_steps += sum(map(_num_steps, self._live()))
         self._has_nothing_to_plan = False
 
     # ---- checks and parts
 
     def _check_pool(self) -> None:
         if self._checks_pool:
-            self._scheduler.kv.check_conservation()
+            check_books(self._scheduler, [r.request for r in self._requests.values()])
 
     def _check_idle(self) -> None:
-        pool = self._scheduler.kv.pool
+        pool, host = self._scheduler.kv.pool, self._scheduler.kv.host
         assert not self._live(), f"{self._live()} never ended"
         assert not self._scheduler.in_flight
         assert not self._checks_pool or pool.num_free == pool.num_usable
+        assert not self._checks_pool or host.num_free == host.num_usable
         assert not self._link.executor.state.is_live.any(), "a row was never freed"
         self._check_pool()
 
@@ -263,6 +318,7 @@ class Walk:
         limits = self._limits
         info = fake_info(
             limits.num_device_blocks,
+            limits.num_host_blocks,
             block_size=limits.block_size,
             max_rows=limits.max_num_seqs,
             max_model_len=limits.max_model_len,
@@ -285,6 +341,15 @@ def _random_limits(rng: random.Random) -> Limits:
         max_model_len=min(max(longest, 4), 100),
         vocab_size=VOCAB_SIZE,
         watermark_blocks=rng.randint(0, 2),
+        num_host_blocks=rng.choice([0, 2, 10, 40]),
+        block_bytes=8 * block_size,
+    )
+
+
+def _random_policy(rng: random.Random) -> Policy:
+    return Policy(
+        preemption=rng.choice(list(PreemptionMode)),
+        is_caching=rng.random() < 0.9,
     )
 
 
@@ -292,14 +357,58 @@ def _random_weather(rng: random.Random) -> Weather:
     def often(weight: float) -> float:
         return rng.choice([0.0, 0.0, weight / 10, weight])
 
-    return Weather(cut=often(0.5), restart=often(0.05), abort=often(0.1), poison=often(0.05))
+    return Weather(
+        cut=often(0.5),
+        restart=often(0.05),
+        abort=often(0.1),
+        poison=often(0.05),
+        flush=often(0.05),
+    )
 
 
-def _resized(rng: random.Random, limits: Limits, max_total_tokens: int) -> Limits:
+def _resized(rng: random.Random, limits: Limits, live: list[WalkRequest]) -> Limits:
     """Another pool; mostly one that still holds every request."""
-    fewest = -(-max_total_tokens // limits.block_size) + 1
+    fewest = 2
+    for request in (each.request for each in live):
+        needed = limits.blocks_for(request.max_total_tokens)
+        if request.beam is not None:
+            sizes = (request.num_prompt_tokens, request.max_total_tokens, request.width)
+            needed = limits.beam_blocks(*sizes)
+        fewest = max(fewest, needed + 1)
     num_blocks = rng.randint(fewest, fewest + 10) if rng.random() < 0.8 else max(2, fewest // 2)
     return dataclasses.replace(limits, num_device_blocks=num_blocks)
+
+
+def _num_steps(request: WalkRequest) -> int:
+    """Steps that a request may cost, whatever happens."""
+    return _STEPS_PER_TOKEN * request.request.max_total_tokens * len(request.request.branches)
+
+
+def check_books(scheduler: Scheduler, requests: list[Request]) -> None:
+    """Assert that both pools hold exactly what branches hold, and that their classes sum up."""
+    branches = [branch for request in requests for branch in request.branches]
+    scheduler.kv.check_conservation(branches)
+    accounting = scheduler.snapshot()
+    device, host = accounting.device, accounting.host
+    classes = dataclasses.asdict(device)
+    classes.pop("num_saved_by_sharing")
+    assert sum(classes.values()) == 2 * classes["num_slots"], device
+    assert min(dataclasses.asdict(device).values()) >= 0, device
+    assert host.num_swapped + host.num_cached + host.num_free == host.num_slots, host
+    rows = [branch.row for branch in scheduler.running.values()]
+    stored = distinct_slots(scheduler, rows)
+    assert stored == device.num_stored + device.num_in_flight, (stored, device)
+
+
+def distinct_slots(scheduler: Scheduler, rows: list[int]) -> int:
+    """Slots that rows have filled or are filling, each once, counted one by one."""
+    block_size = scheduler.limits.block_size
+    slots = set()
+    for row in rows:
+        table = scheduler.kv.table(row)
+        for position in range(int(scheduler.rows.num_planned[row])):
+            slots.add((int(table[position // block_size]), position % block_size))
+    return len(slots)
 
 
 def main(arguments: list[str]) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from integration_tests.digests import (
+from executor_svc.backends.checking.digests import (
     Sampling,
     U64Array,
     next_tokens,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from blockyard.engine.v1 import engine_pb2 as pb
+from executor_svc.backends.checking.runner import FakeOptions, fake_info
 from executor_svc.plan import Plan
 from integration_tests.engine_client import EngineClient, Output
-from integration_tests.fake_runner import FakeOptions, fake_info
 from integration_tests.harness import RecordingRunner, engine_in_process, executor_in_process
 from integration_tests.reference import SamplingParams, reference_output
 from scheduler_svc.engine.loop import Engine

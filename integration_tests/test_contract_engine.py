@@ -13,7 +13,7 @@ import pytest
 
 from blockyard.common.columns import pack_u32
 from blockyard.engine.v1 import engine_pb2 as pb
-from integration_tests.fake_runner import FakeOptions
+from executor_svc.backends.checking.runner import FakeOptions
 from integration_tests.stack import INFO, check_all, expected, prompt, stack, submit_many
 
 WINDOWS: Final = (1, 2, 3)

@@ -15,11 +15,11 @@ import pytest
 from blockyard.common.protocol import ENGINE_PROTOCOL_VERSION
 from blockyard.engine.v1 import engine_pb2 as pb
 from blockyard.executor.v1 import executor_pb2
+from executor_svc.backends.checking.runner import FakeOptions, FakeRunner
 from executor_svc.plan import Plan
 from executor_svc.row_state import RowState
 from executor_svc.runner import PendingStep, StepBatch
 from integration_tests.engine_client import EngineClient
-from integration_tests.fake_runner import FakeOptions, FakeRunner
 from integration_tests.harness import (
     FAKE_DIGEST,
     RecordingRunner,

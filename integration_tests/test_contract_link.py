@@ -14,8 +14,8 @@ import pytest_asyncio
 
 from blockyard.common.protocol import EXECUTOR_PROTOCOL_VERSION, HEARTBEAT_INTERVAL_S
 from blockyard.executor.v1 import executor_pb2 as pb
+from executor_svc.backends.checking.runner import FakeOptions, FakeRunner, fake_info
 from executor_svc.tests.plans import decode_same, prefill
-from integration_tests.fake_runner import FakeOptions, FakeRunner, fake_info
 from integration_tests.harness import executor_in_process
 from integration_tests.reference import reference_output
 from integration_tests.step_stream import StepStream

@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 
 from blockyard.executor.v1 import executor_pb2 as pb
+from executor_svc.backends.checking.runner import FakeOptions, FakeRunner, fake_info
 from executor_svc.tests.plans import appends, batch, new_rows
-from integration_tests.fake_runner import FakeOptions, FakeRunner, fake_info
 from integration_tests.harness import executor_in_process
 from integration_tests.reference import SamplingParams, reference_output
 from integration_tests.step_stream import StepStream

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from blockyard.executor.v1 import executor_pb2 as pb
+from executor_svc.backends.checking.digests import candidates, next_tokens, token_logprob
+from executor_svc.backends.checking.runner import FakeOptions, FakeRunner, fake_info
 from executor_svc.plan import PlanError
 from executor_svc.tests.plans import appends, batch, new_rows
-from integration_tests.digests import candidates, next_tokens, token_logprob
 from integration_tests.fake_executor import SyncExecutor
-from integration_tests.fake_runner import FakeOptions, FakeRunner, fake_info
 from integration_tests.reference import SamplingParams, context_of, reference_output
 
 VOCAB = 1000

@@ -1,35 +1,67 @@
-"""Physical KV block ids: who holds them, and which are free."""
+"""Physical block ids of one pool: who holds them, what they hold, and which are free."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from blockyard.common.protocol import PADDING_BLOCK_ID
+from scheduler_svc.prefix_cache import BlockHash
 
 BlockIds = npt.NDArray[np.int32]
 
 
 class BlockPool:
-    """Reference counts over the executor's device blocks, and a stack of the free ones.
+    """Reference counts, a stack of blank blocks, and the cached blocks in order of last use.
 
-    Knows nothing of requests, rows or tokens. The stack hands out the most recently freed block
-    first: its memory is the likeliest to be in a cache.
+    A block is held (it has holders), cached (nobody holds it, but its content has a name and can
+    be taken up again) or blank. Cached and blank blocks are both free: allocation takes blank ones
+    first, then evicts the cached block that was let go longest ago. Knows nothing of requests,
+    rows or tokens.
     """
 
-    def __init__(self, num_blocks: int) -> None:
-        """Create a pool of ids 0 to num_blocks - 1, of which the padding block is never free."""
-        assert num_blocks >= 2, num_blocks
+    def __init__(
+        self,
+        num_blocks: int,
+        num_reserved: int = 0,
+        on_evict: Callable[[int, BlockHash], None] | None = None,
+    ) -> None:
+        """Create a pool of ids 0 to num_blocks - 1.
+
+        Args:
+            num_blocks: reserved ones included.
+            num_reserved: the first ids, which are never allocated.
+            on_evict: called with a block's id and name before the block is handed out again.
+        """
+        assert 0 <= num_reserved <= num_blocks, (num_reserved, num_blocks)
         self.num_blocks = num_blocks
+        self.num_reserved = num_reserved
+        self.num_references = 0  # holders of all blocks together
+        self._on_evict = on_evict
         self._ref_counts = np.zeros(num_blocks, np.int32)
-        self._ref_counts[PADDING_BLOCK_ID] = 1
-        self._free = np.arange(num_blocks - 1, 0, -1, dtype=np.int32)  # [num_blocks - 1], a stack
-        self.num_free = num_blocks - 1
+        self._blank = np.arange(num_blocks - 1, num_reserved - 1, -1, dtype=np.int32)  # a stack
+        self._num_blank = num_blocks - num_reserved
+        self._hashes: dict[int, BlockHash] = {}
+        self._ids: dict[BlockHash, int] = {}  # the inverse of _hashes
+        self._is_named = np.zeros(num_blocks, np.bool_)
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently held first
 
     @property
     def num_usable(self) -> int:
-        """Blocks that can ever be allocated: all but the padding block."""
-        return self.num_blocks - 1
+        """Blocks that can ever be allocated."""
+        return self.num_blocks - self.num_reserved
+
+    @property
+    def num_free(self) -> int:
+        """Blocks without a holder."""
+        return self._num_blank + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks without a holder whose content can be taken up again."""
+        return len(self._cached)
 
     @property
     def num_used(self) -> int:
@@ -39,25 +71,95 @@ class BlockPool:
     def allocate(self, count: int) -> BlockIds:
         """Take `count` free blocks [count], each with one holder. The caller checked num_free."""
         assert 0 <= count <= self.num_free, (count, self.num_free)
-        top = self.num_free
-        block_ids = self._free[top - count : top][::-1].copy()
-        self.num_free = top - count
+        num_blank = min(count, self._num_blank)
+        top = self._num_blank
+        block_ids = self._blank[top - num_blank : top][::-1].copy()
+        self._num_blank = top - num_blank
+        if num_blank < count:
+            evicted = [self._evict() for _ in range(count - num_blank)]
+            block_ids = np.concatenate([block_ids, np.array(evicted, np.int32)])
         self._ref_counts[block_ids] = 1
+        self.num_references += count
         return block_ids
 
-    def share(self, block_ids: BlockIds) -> None:
-        """Add one holder to each of these distinct, held blocks."""
-        assert (self._ref_counts[block_ids] > 0).all(), "sharing a free block"
+    def _evict(self) -> int:
+        block_id, _ = self._cached.popitem(last=False)
+        block_hash = self._unname(block_id)
+        if self._on_evict is not None:
+            self._on_evict(block_id, block_hash)
+        return block_id
+
+    def share(self, block_ids: BlockIds) -> int:
+        """Add one holder to each of these distinct blocks, held or cached.
+
+        Returns how many of them were cached, and so are no longer free.
+        """
+        is_unheld = self._ref_counts[block_ids] == 0
+        taken = block_ids[is_unheld].tolist()
+        for block_id in taken:
+            del self._cached[block_id]  # KeyError: a blank block cannot be shared
         self._ref_counts[block_ids] += 1
+        self.num_references += len(block_ids)
+        return len(taken)
 
     def release(self, block_ids: BlockIds) -> None:
-        """Take one holder away from each of these distinct blocks; free those without one."""
+        """Take one holder away from each of these distinct blocks.
+
+        Of those that have none left, the named ones become cached, the last of them first to be
+        evicted: the end of a sequence is of less use than its beginning. The others become blank.
+        """
         counts = self._ref_counts[block_ids] - 1
         assert (counts >= 0).all(), "releasing a free block"
         self._ref_counts[block_ids] = counts
+        self.num_references -= len(block_ids)
         freed = block_ids[counts == 0]
-        self._free[self.num_free : self.num_free + len(freed)] = freed
-        self.num_free += len(freed)
+        is_named = self._is_named[freed]
+        if is_named.any():
+            for block_id in freed[is_named][::-1].tolist():
+                self._cached[block_id] = None
+            freed = freed[~is_named]
+        self._push_blank(freed)
+
+    def _push_blank(self, block_ids: BlockIds) -> None:
+        self._blank[self._num_blank : self._num_blank + len(block_ids)] = block_ids
+        self._num_blank += len(block_ids)
+
+    # ---- names of contents
+
+    def find(self, block_hash: BlockHash) -> int | None:
+        """The block with this content, held or cached; None if there is none."""
+        return self._ids.get(block_hash)
+
+    def name(self, block_id: int, block_hash: BlockHash) -> None:
+        """Let a held block be found by its content. One block per content: a second is ignored."""
+        if block_hash not in self._ids and not self._is_named[block_id]:
+            self._ids[block_hash] = block_id
+            self._hashes[block_id] = block_hash
+            self._is_named[block_id] = True
+
+    def _unname(self, block_id: int) -> BlockHash:
+        block_hash = self._hashes.pop(block_id)
+        del self._ids[block_hash]
+        self._is_named[block_id] = False
+        return block_hash
+
+    def forget(self, block_ids: BlockIds) -> None:
+        """Let these blocks no longer be found: what they hold is wrong."""
+        for block_id in block_ids[self._is_named[block_ids]].tolist():
+            self._unname(block_id)
+            if block_id in self._cached:
+                del self._cached[block_id]
+                self._push_blank(np.array([block_id], np.int32))
+
+    def forget_all(self) -> int:
+        """Let no block be found any more; returns how many could be."""
+        named = np.array(list(self._hashes), np.int32)
+        self.forget(named)
+        return len(named)
+
+    def ref_counts(self, block_ids: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+        """Holders of each of these blocks [n]."""
+        return self._ref_counts[block_ids]
 
     def check_conservation(self, holders: npt.NDArray[np.integer]) -> None:
         """Assert that `holders` [n], one id per reference held, is exactly what the pool counts.
@@ -65,9 +167,13 @@ class BlockPool:
         O(num_blocks): for tests and for an idle engine.
         """
         expected = np.bincount(holders, minlength=self.num_blocks)
-        expected[PADDING_BLOCK_ID] += 1
         assert (expected == self._ref_counts).all(), np.nonzero(expected != self._ref_counts)
-        free = self._free[: self.num_free]
+        assert self.num_references == len(holders), (self.num_references, len(holders))
+        free = np.concatenate(
+            [self._blank[: self._num_blank], np.array(list(self._cached), np.int32)]
+        )
         assert len(np.unique(free)) == len(free), "a block is free twice"
         assert (self._ref_counts[free] == 0).all(), "a held block is free"
-        assert self.num_free + np.count_nonzero(self._ref_counts) == self.num_blocks
+        assert self.num_free + np.count_nonzero(self._ref_counts) == self.num_usable
+        assert self._is_named[list(self._cached)].all(), "a cached block has no name"
+        assert {h: b for b, h in self._hashes.items()} == self._ids

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pathlib import Path
+from typing import Annotated
 
+from pydantic import AfterValidator, Field
+
+from blockyard.common.listen_address import host_port_or_off
 from blockyard.common.protocol import MAX_WINDOW
 from blockyard.common.settings import ServiceSettings, settings_config
+from scheduler_svc.plan_log import MAX_FILE_BYTES
+from scheduler_svc.policy import PreemptionMode
 
 
 class EngineSettings(ServiceSettings):
@@ -15,6 +21,9 @@ class EngineSettings(ServiceSettings):
 
     listen: str = Field(description="Where front ends connect: unix:/path or host:port.")
     executor: str = Field(description="The executor's address: unix:/path or host:port.")
+    metrics_address: Annotated[str, AfterValidator(host_port_or_off)] = Field(
+        "", description="host:port that answers GET /metrics; empty: none does."
+    )
     model_digest: str = Field("", description="Refuse an executor with another model; empty: any.")
     max_num_seqs: int = Field(64, ge=1, description="Most requests running at once.")
     max_num_batched_tokens: int | None = Field(
@@ -22,6 +31,20 @@ class EngineSettings(ServiceSettings):
     )
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt + output; not set: the model's."
+    )
+    model_dir: Path | None = Field(
+        None, description="The model directory; only beam search with stop strings needs it."
+    )
+    prefix_cache: bool = Field(True, description="Keep KV blocks for requests that begin alike.")
+    preemption: PreemptionMode = Field(
+        PreemptionMode.AUTO,
+        description="What becomes of a victim's KV: auto (the cheaper), recompute, or swap.",
+    )
+    plan_log: Path | None = Field(
+        None, description="Log plans and results to this file, for `blockyard replay`."
+    )
+    plan_log_max_bytes: int = Field(
+        MAX_FILE_BYTES, ge=1 << 20, description="A larger plan log goes on in another file."
     )
     max_waiting: int = Field(10_000, ge=1, description="Most requests queued; more are refused.")
     watermark: float = Field(

@@ -73,6 +73,9 @@ class Handler(Protocol):
     def on_result(self, result: pb.StepResult) -> None:
         """The next result, in step order."""
 
+    def on_cost_model(self, cost_model: pb.CostModel) -> None:
+        """The executor's newest prices."""
+
     def on_state(self, state: LinkState, message: str) -> None:
         """The link's state or its reason changed; plans may be sent while READY."""
 
@@ -263,6 +266,8 @@ class ExecutorClient:
         kind = frame.WhichOneof("frame")
         if kind == "result":
             self._on_result(frame.result)
+        elif kind == "heartbeat":
+            self._handler.on_cost_model(frame.heartbeat.cost_model)
         elif kind == "rejected":
             self._wants_reset = True
             reason = f"plan {frame.rejected.step_id} rejected: {frame.rejected.reason}"

@@ -1,64 +1,168 @@
-"""The logical-to-physical mapping: one block table per row, grown a block at a time.
+"""The logical-to-physical mapping: one block table per row, over a device and a host pool.
 
 Token position p of a row lives in block `table[row, p // block_size]` at offset `p % block_size`.
-Tables are append-only while a row lives, so the executor is only ever told what was appended.
+Tables only grow while a row lives, except where a beam takes over another's; so the executor is
+told what was appended, and which rows fork.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from scheduler_svc.block_pool import BlockIds, BlockPool
+from scheduler_svc.limits import Limits
+from scheduler_svc.prefix_cache import BlockHash
+from scheduler_svc.request import Branch
+from scheduler_svc.step_plan import Moves, RowIds
 
-RowIds = npt.NDArray[np.int64]
+
+class CachedBlock(NamedTuple):
+    """Where one block of a prefix was found."""
+
+    block_id: int
+    is_on_host: bool
 
 
 class KVManager:
-    """Block tables of all rows over one pool."""
+    """Block tables of all rows; which blocks they share; what moves between the pools."""
 
-    def __init__(self, num_blocks: int, block_size: int, max_rows: int, max_tokens: int) -> None:
-        """Manage `num_blocks` ids (padding included) for rows of at most `max_tokens` tokens."""
-        self.pool = BlockPool(num_blocks)
-        self.block_size = block_size
-        self._table = np.zeros((max_rows, self.blocks_for(max_tokens)), np.int32)
+    def __init__(self, limits: Limits) -> None:
+        """Manage the pools and rows of one executor, all empty."""
+        self._limits = limits
+        self.block_size = limits.block_size
+        self.pool = BlockPool(limits.num_device_blocks, num_reserved=1, on_evict=self._spill)
+        self.host = BlockPool(limits.num_host_blocks)
+        max_rows = limits.max_num_seqs
+        self._table = np.zeros((max_rows, limits.blocks_for(limits.max_total_tokens)), np.int32)
         self.num_blocks = np.zeros(max_rows, np.int32)  # [max_rows], table lengths
-        # Blocks that a row was admitted on but does not hold yet; admission counts them as taken.
+        self._num_named = np.zeros(max_rows, np.int32)  # leading blocks that were given a name
+        # Free blocks that a row was admitted on and has not taken yet; admission counts them out.
         self._promised = np.zeros(max_rows, np.int32)
         self._num_promised = 0
+        # Blocks held over time [block * ns], up to the last change of the table.
+        self._held_block_ns = np.zeros(max_rows, np.int64)
+        self._changed_ns = np.zeros(max_rows, np.int64)
+        self._now_ns = 0
+        self._moves = Moves()
+        # Copies of partial blocks, by the plan being built and by the next; both ends are held.
+        self._copies_now: list[tuple[int, int]] = []
+        self._copies_due: list[tuple[int, int]] = []
+        self._written_host_ids: set[int] = set()  # by the plan being built; held until it is sent
+        self._read_host_ids: list[int] = []  # likewise
+        self.num_evicted = 0
+        self.num_copied = 0
+        self.num_swapped_out = 0
+        self.num_swapped_in = 0
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` token states."""
-        return -(-num_tokens // self.block_size)
+    # ---- one plan
+
+    def begin_plan(self, now_ns: int) -> None:
+        """Start a plan; changes from here on are dated `now_ns`."""
+        self._now_ns = now_ns
+        self._copies_now, self._copies_due = self._copies_due, []
+        self._moves.copy = self._copies_now.copy()
+
+    def end_plan(self) -> Moves:
+        """The block copies of the plan, which is sent."""
+        moves, self._moves = self._moves, Moves()
+        for pair in self._copies_now:
+            self.pool.release(np.array(pair, np.int32))
+        self._copies_now = []
+        for host_id in [*self._written_host_ids, *self._read_host_ids]:
+            self.host.release(np.array([host_id], np.int32))
+        self._written_host_ids, self._read_host_ids = set(), []
+        self.num_copied += len(moves.copy)
+        self.num_swapped_out += len(moves.swap_out)
+        self.num_swapped_in += len(moves.swap_in)
+        return moves
+
+    # ---- admission
 
     @property
     def num_unpromised(self) -> int:
         """Free blocks that no admitted row counts on. Negative when decode rows took them."""
         return self.pool.num_free - self._num_promised
 
+    def find(self, branch: Branch) -> list[CachedBlock]:
+        """The longest prefix of the branch's tokens that either pool has, without the last token.
+
+        A host block that the plan being built writes is not there yet.
+        """
+        found = []
+        num_blocks = (len(branch.token_ids) - 1) // self.block_size
+        for block_hash in branch.block_hashes[:num_blocks]:
+            if (block_id := self.pool.find(block_hash)) is not None:
+                found.append(CachedBlock(block_id, is_on_host=False))
+                continue
+            host_id = self.host.find(block_hash)
+            if host_id is None or host_id in self._written_host_ids:
+                break
+            found.append(CachedBlock(host_id, is_on_host=True))
+        return found
+
+    def num_held(self, found: list[CachedBlock]) -> int:
+        """How many of these blocks take no free block: somebody holds them on the device."""
+        device_ids = [block.block_id for block in found if not block.is_on_host]
+        return int((self.pool.ref_counts(np.array(device_ids, np.int64)) > 0).sum())
+
+    def promise(self, row: int, num_blocks: int) -> None:
+        """Begin an empty row that may count on `num_blocks` free blocks."""
+        assert self.num_blocks[row] == 0, row
+        self._promised[row] = num_blocks
+        self._num_promised += num_blocks
+        self._held_block_ns[row] = 0
+        self._changed_ns[row] = self._now_ns
+
+    def adopt(self, row: int, branch: Branch, found: list[CachedBlock]) -> None:
+        """Fill the table of an empty row with a prefix; host blocks come back by `swap_in`."""
+        if found:
+            is_on_host = np.array([block.is_on_host for block in found])
+            block_ids = np.array([block.block_id for block in found], np.int32)
+            # All are held before anything is allocated, and so possibly evicted.
+            self._redeem(row, self.pool.share(block_ids[~is_on_host]))
+            if is_on_host.any():
+                self._fetch(branch, block_ids, np.flatnonzero(is_on_host))
+                self._redeem(row, int(is_on_host.sum()))
+            self._table[row, : len(found)] = block_ids
+            self.num_blocks[row] = self._num_named[row] = len(found)
+            self._changed_ns[row] = self._now_ns
+            branch.request.blocks.num_shared += len(found)
+        self.unpin(branch)
+
+    def _fetch(self, branch: Branch, block_ids: BlockIds, indexes: npt.NDArray[np.int64]) -> None:
+        """Replace the host ids at these indexes of a prefix by device blocks that get a copy."""
+        host_ids = block_ids[indexes]
+        self.host.share(host_ids)
+        self._read_host_ids.extend(host_ids.tolist())
+        fetched = self.pool.allocate(len(host_ids))
+        self._moves.swap_in.extend(zip(host_ids.tolist(), fetched.tolist(), strict=True))
+        branch.request.blocks.num_swapped_in += len(host_ids)
+        block_ids[indexes] = fetched
+        for index in indexes.tolist():
+            self.pool.name(int(block_ids[index]), branch.block_hashes[index])
+
+    # ---- growth
+
     def table(self, row: int) -> BlockIds:
         """The row's block ids [num_blocks[row]]; a view."""
         return self._table[row, : self.num_blocks[row]]
 
-    def admit(self, row: int, num_tokens: int) -> None:
-        """Begin an empty row that is promised room for `num_tokens`."""
-        assert self.num_blocks[row] == 0, row
-        self._promised[row] = promised = self.blocks_for(num_tokens)
-        self._num_promised += promised
-
     def missing(self, row: int, num_tokens: int) -> int:
         """Blocks to add before the row can hold `num_tokens`."""
-        return max(0, self.blocks_for(num_tokens) - int(self.num_blocks[row]))
+        return max(0, self._limits.blocks_for(num_tokens) - int(self.num_blocks[row]))
 
     def grow(self, row: int, num_tokens: int) -> BlockIds:
         """Append blocks so that the row holds `num_tokens`; returns the new ids."""
+        self._account(np.array([row]))
         start = int(self.num_blocks[row])
         block_ids = self.pool.allocate(self.missing(row, num_tokens))
         self._table[row, start : start + len(block_ids)] = block_ids
         self.num_blocks[row] += len(block_ids)
-        kept = min(int(self._promised[row]), len(block_ids))
-        self._promised[row] -= kept
-        self._num_promised -= kept
+        self._redeem(row, len(block_ids))
         return block_ids
 
     def full(self, rows: RowIds, num_tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
@@ -67,6 +171,7 @@ class KVManager:
 
     def grow_by_one(self, rows: RowIds) -> BlockIds:
         """Append one block to each of these distinct rows; returns the ids [len(rows)]."""
+        self._account(rows)
         block_ids = self.pool.allocate(len(rows))
         self._table[rows, self.num_blocks[rows]] = block_ids
         self.num_blocks[rows] += 1
@@ -75,16 +180,148 @@ class KVManager:
         self._num_promised -= int(kept.sum())
         return block_ids
 
-    def release(self, row: int) -> None:
-        """End a row: drop its table and its promise."""
+    def _redeem(self, row: int, num_blocks: int) -> None:
+        kept = min(int(self._promised[row]), num_blocks)
+        self._promised[row] -= kept
+        self._num_promised -= kept
+
+    def _account(self, rows: RowIds) -> None:
+        """Close the interval in which these rows' tables were as they are."""
+        elapsed_ns = self._now_ns - self._changed_ns[rows]
+        self._held_block_ns[rows] += self.num_blocks[rows] * elapsed_ns
+        self._changed_ns[rows] = self._now_ns
+
+    # ---- forks
+
+    def fork(self, src: int, branch: Branch, num_tokens: int, *, is_now: bool) -> int:
+        """Give the branch's row the first `num_tokens` tokens of row `src` in place of its own.
+
+        Full blocks are shared. The partial one, if any, gets a copy, which is in this plan if its
+        tokens are stored already (`is_now`), else in the next. Returns the copy's id or 0.
+        """
+        dst, usage = branch.row, branch.request.blocks
+        num_full, has_tail = num_tokens // self.block_size, num_tokens % self.block_size > 0
+        self._account(np.array([dst]))
+        shared = self._table[src, :num_full].copy()
+        usage.num_shared += num_full - int(np.isin(shared, self.table(dst)).sum())
+        self.pool.share(shared)
+        self._drop_table(dst)
+        self._table[dst, :num_full] = shared
+        self.num_blocks[dst] = num_full + has_tail
+        if not has_tail:
+            return 0
+        (tail,) = self.pool.allocate(1)
+        self._redeem(dst, 1)
+        usage.num_copied += 1
+        self._table[dst, num_full] = tail
+        pair = (int(self._table[src, num_full]), int(tail))
+        if is_now:
+            self._moves.copy.append(pair)
+        else:
+            self.pool.share(np.array(pair, np.int32))
+            self._copies_due.append(pair)
+        return int(tail)
+
+    def _drop_table(self, row: int) -> None:
         self.pool.release(self.table(row))
-        self.num_blocks[row] = 0
+        self.num_blocks[row] = self._num_named[row] = 0
+        if self._copies_due:
+            self._drop_useless_copies()
+
+    def _drop_useless_copies(self) -> None:
+        """A row that ends before its copy was made needs it no more."""
+        useless = [
+            pair for pair in self._copies_due if self.pool.ref_counts(np.array(pair))[1] == 1
+        ]
+        for pair in useless:
+            self._copies_due.remove(pair)
+            self.pool.release(np.array(pair, np.int32))
+
+    # ---- the end of a row
+
+    def empty(self, row: int) -> None:
+        """Drop a row's table."""
+        self._account(np.array([row]))
+        self._drop_table(row)
+
+    def release(self, row: int) -> int:
+        """End a row: drop its table and its promise; returns what it held [block * ns]."""
+        self.empty(row)
         self._num_promised -= int(self._promised[row])
         self._promised[row] = 0
+        return int(self._held_block_ns[row])
 
-    def check_conservation(self) -> None:
-        """Assert that the tables are exactly what the pool counts as held."""
+    def name_blocks(self, row: int, hashes: list[BlockHash], count: int) -> None:
+        """Let the row's first `count` blocks be found by their hashes."""
+        for index in range(int(self._num_named[row]), count):
+            self.pool.name(int(self._table[row, index]), hashes[index])
+        self._num_named[row] = max(count, int(self._num_named[row]))
+
+    def forget_blocks(self, row: int) -> None:
+        """Let none of the row's blocks be found: its KV is wrong."""
+        self.pool.forget(self.table(row))
+
+    # ---- the host pool
+
+    def private_blocks(self, row: int, hashes: list[BlockHash]) -> list[int]:
+        """Indexes of the row's leading len(hashes) blocks that only it holds and the host lacks."""
+        counts = self.pool.ref_counts(self._table[row, : len(hashes)])
+        alone = np.flatnonzero(counts == 1).tolist()
+        return [i for i in alone if self.host.find(hashes[i]) is None]
+
+    def swap_out(self, row: int, branch: Branch, hashes: list[BlockHash]) -> None:
+        """Keep the row's leading len(hashes) blocks on the host, pinned, until the branch runs.
+
+        Blocks that other rows hold stay where they are. The caller checked the host's room.
+        """
+        for index in self.private_blocks(row, hashes):
+            host_id = self._copy_to_host(int(self._table[row, index]), hashes[index])
+            self._written_host_ids.add(host_id)
+            branch.request.blocks.num_swapped_out += 1
+        for block_hash in hashes:
+            if (host_id_or_none := self.host.find(block_hash)) is not None:
+                self.host.share(np.array([host_id_or_none], np.int32))
+                branch.host_block_ids.append(host_id_or_none)
+
+    def unpin(self, branch: Branch) -> None:
+        """The branch needs its host blocks no more; they stay cached."""
+        if branch.host_block_ids:
+            self.host.release(np.array(branch.host_block_ids, np.int32))
+            branch.host_block_ids = []
+
+    def _spill(self, block_id: int, block_hash: BlockHash) -> None:
+        """An evicted device block lives on in the host pool, if that has room."""
+        self.num_evicted += 1
+        if self.host.num_free and self.host.find(block_hash) is None:
+            self._written_host_ids.add(self._copy_to_host(block_id, block_hash))
+
+    def _copy_to_host(self, block_id: int, block_hash: BlockHash) -> int:
+        """A held host block with the content of a device block."""
+        (host_id,) = self.host.allocate(1)
+        self.host.name(int(host_id), block_hash)
+        self._moves.swap_out.append((block_id, int(host_id)))
+        return int(host_id)
+
+    # ---- checks
+
+    def num_saved_blocks(self) -> int:
+        """Blocks that sharing saves: table entries of all rows, less the blocks they name."""
+        copying = Counter(
+            block_id for pair in self._copies_now + self._copies_due for block_id in pair
+        )
+        ids = np.array(list(copying), np.int64)
+        # The row that had a block to be copied may have ended.
+        orphans = self.pool.ref_counts(ids) == np.array(list(copying.values()), np.int32)
+        num_entries = self.pool.num_references - sum(copying.values())
+        return num_entries - (self.pool.num_used - int(orphans.sum()))
+
+    def check_conservation(self, branches: list[Branch]) -> None:
+        """Assert that the tables, and what `branches` pin, are exactly what the pools count."""
         held = [self.table(int(row)) for row in np.nonzero(self.num_blocks)[0]]
-        holders = np.concatenate(held) if held else np.empty(0, np.int32)
-        self.pool.check_conservation(holders)
+        held += [np.array(pair, np.int32) for pair in self._copies_now + self._copies_due]
+        self.pool.check_conservation(np.concatenate([np.empty(0, np.int32), *held]))
+        pinned = [host_id for branch in branches for host_id in branch.host_block_ids]
+        self.host.check_conservation(
+            np.array([*pinned, *self._written_host_ids, *self._read_host_ids], np.int64)
+        )
         assert self._num_promised == self._promised.sum()

@@ -15,7 +15,10 @@ _COMMANDS: Final = {
     "demo": "Serve the default model, ask it one question, and stop.",
     "generate": "Complete a prompt, or a file of them.",
     "models": "Import models and list them.",
+    "replay": "Do again what a plan log says, and tell the first difference.",
     "serve": "Serve a model on this machine.",
+    "top": "Watch a running server: rates, queue and memory, live.",
+    "simulate": "Replay a trace against the scheduler, on a virtual clock.",
 }
 """Name -> summary; the command is the attribute `command` of the module of that name."""
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -26,8 +27,31 @@ log = logging.getLogger(__name__)
 @click.command()
 @click.option("--model", default=store.DEFAULT_MODEL, show_default=True, help="Name or path.")
 @click.option("--listen", default="127.0.0.1:50051", show_default=True, help="host:port.")
+@click.option(
+    "--metrics-address",
+    default="127.0.0.1:9464",
+    show_default=True,
+    help="host:port of the Prometheus metrics; an empty one turns them off.",
+)
 @click.option("--max-model-len", type=int, help="Longest prompt + output; default: the model's.")
 @click.option("--kv-memory", default="1GiB", show_default=True, help="Memory for the KV cache.")
+@click.option("--host-memory", help="Memory to swap KV blocks to; default: none.")
+@click.option(
+    "--preemption",
+    type=click.Choice(["auto", "recompute", "swap"]),
+    help="What becomes of the KV of requests that must wait; auto: the cheaper.",
+)
+@click.option(
+    "--prefix-cache/--no-prefix-cache",
+    default=True,
+    show_default=True,
+    help="Share the KV of equal beginnings of prompts.",
+)
+@click.option(
+    "--plan-log",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Log all plans and results, prompts included, for `blockyard replay`.",
+)
 @click.option("--max-num-seqs", type=int, help="Most requests running at once.")
 @click.option("--max-num-batched-tokens", type=int, help="Most tokens in one step.")
 @click.option("--block-size", type=int, default=16, show_default=True, help="Tokens per block.")

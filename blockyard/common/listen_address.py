@@ -7,6 +7,7 @@ import socket
 import stat
 from typing import Final
 
+_MAX_PORT: Final = 65535
 _CONNECT_TIMEOUT_S: Final = 1.0
 
 
@@ -19,6 +20,21 @@ def socket_path(address: str) -> pathlib.Path | None:
     if not address.startswith("unix:"):
         return None
     return pathlib.Path(address.removeprefix("unix:").removeprefix("//"))
+
+
+def split_host_port(address: str) -> tuple[str, int]:
+    """`host:port` in its parts; an IPv6 host loses its brackets. Raises ValueError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > _MAX_PORT:
+        raise ValueError(f"{address!r} is not host:port")
+    return host.strip("[]"), int(port)
+
+
+def host_port_or_off(address: str) -> str:
+    """Validate a setting that is `host:port`, or empty for off. Raises ValueError."""
+    if address:
+        split_host_port(address)
+    return address
 
 
 def claim(address: str) -> None:
@@ -38,12 +54,13 @@ def claim(address: str) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise ListenError(f"{address}: {path} exists and is not a socket")
-    if _is_answered(path):
+    if is_answered(path):
         raise ListenError(f"{address}: another process is listening there")
     path.unlink(missing_ok=True)
 
 
-def _is_answered(path: pathlib.Path) -> bool:
+def is_answered(path: pathlib.Path) -> bool:
+    """Whether a process listens on the unix socket at `path`; waits for it for a second at most."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(_CONNECT_TIMEOUT_S)
         try:

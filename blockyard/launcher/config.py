@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from blockyard.common.listen_address import host_port_or_off, split_host_port
 from blockyard.common.protocol import MAX_WINDOW
 from blockyard.common.sizes import parse_size
 from blockyard.models.store import DEFAULT_MODEL
-
-MAX_PORT = 65535
 
 
 def _checked_size(text: str) -> str:
@@ -19,9 +19,7 @@ def _checked_size(text: str) -> str:
 
 
 def _checked_address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > MAX_PORT:
-        raise ValueError(f"{text!r} is not host:port")
+    split_host_port(text)
     return text
 
 
@@ -34,9 +32,17 @@ class ServeSettings(BaseModel):
     """A stored name, a model directory, or a .gguf file; see `store.resolve`."""
     listen: Annotated[str, AfterValidator(_checked_address)] = "127.0.0.1:50051"
     """host:port of the public API; port 0 picks a free one."""
+    metrics_address: Annotated[str, AfterValidator(host_port_or_off)] = ""
+    """host:port where the engine answers GET /metrics; empty: nowhere."""
     max_model_len: int | None = Field(default=None, ge=1)
     kv_memory: Annotated[str, AfterValidator(_checked_size)] = "1GiB"
     """Of the executor's block pool, e.g. 512MiB."""
+    host_memory: Annotated[str, AfterValidator(_checked_size)] | None = None
+    """Of the executor's host pool, which preempted requests and evicted blocks go to."""
+    preemption: Literal["auto", "recompute", "swap"] | None = None
+    prefix_cache: bool = True
+    plan_log: Path | None = None
+    """The engine logs plans and results here, for `blockyard replay`."""
     max_num_seqs: int | None = Field(default=None, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     block_size: int = Field(default=16, ge=1)

@@ -7,7 +7,6 @@ import logging
 import shutil
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ from typing import Final, Self
 
 from blockyard.launcher.child import Child, ChildSpec, LineSink, ServeError
 from blockyard.launcher.config import ServeSettings
+from blockyard.launcher.run_dir import create_run_dir, service_address
 from blockyard.launcher.watch import wait_until_serving, watch_executor
 from blockyard.models import store
 from blockyard.models.errors import ModelImportError
@@ -85,12 +85,12 @@ class LocalServer:
             model_path = await asyncio.to_thread(store.resolve, self.settings.model)
         except ModelImportError as error:
             raise ServeError(str(error), 2) from error
-        self._run_dir = Path(tempfile.mkdtemp(prefix="blockyard-"))  # mode 0700
+        self._run_dir = create_run_dir()
         self._reserve_port()
         for spec in child_specs(self.settings, model_path, self._run_dir, self._address):
             self._children[spec.name] = Child(spec, self._sink, lambda: self._is_up)
         self._tasks = [child.start() for child in self._children.values()]
-        engine_address = _socket(self._run_dir, "engine")
+        engine_address = service_address(self._run_dir, "engine")
         watching = watch_executor(engine_address, self._children["executor"].replace)
         self._tasks.append(asyncio.create_task(watching))
         serving = asyncio.create_task(wait_until_serving(self.address))
@@ -153,7 +153,7 @@ def child_specs(
     settings: ServeSettings, model_path: Path, run_dir: Path, address: str
 ) -> list[ChildSpec]:
     """The commands of executor, engine and front ends, in the order they are started."""
-    executor, engine = _socket(run_dir, "executor"), _socket(run_dir, "engine")
+    executor, engine = (service_address(run_dir, name) for name in ("executor", "engine"))
     common = [
         "--exit-with-parent",
         *("--log-format", settings.log_format),
@@ -166,12 +166,23 @@ def child_specs(
     executor_flags = [
         *("--listen", executor, "--model-dir", str(model_path)),
         *("--kv-memory", settings.kv_memory, "--block-size", str(settings.block_size)),
-        *_given(max_rows=settings.max_num_seqs, num_threads=settings.num_threads),
+        *_given(
+            max_rows=settings.max_num_seqs,
+            num_threads=settings.num_threads,
+            host_memory=settings.host_memory,
+        ),
         *limits,
     ]
     engine_flags = [
         *("--listen", engine, "--executor", executor, "--window", str(settings.window)),
-        *_given(max_num_seqs=settings.max_num_seqs),
+        *_given(
+            max_num_seqs=settings.max_num_seqs,
+            metrics_address=settings.metrics_address or None,
+            plan_log=settings.plan_log,
+            preemption=settings.preemption,
+        ),
+        *("--model-dir", str(model_path)),
+        *(() if settings.prefix_cache else ("--no-prefix-cache",)),
         *limits,
     ]
     frontend_flags = ["--engine", engine, "--listen", address, "--model-dir", str(model_path)]
@@ -188,7 +199,7 @@ def child_specs(
     return specs
 
 
-def _given(**values: int | None) -> list[str]:
+def _given(**values: int | str | Path | None) -> list[str]:
     """Flags for what is set."""
     flags = []
     for name, value in values.items():
@@ -199,7 +210,3 @@ def _given(**values: int | None) -> list[str]:
 
 def _spec(name: str, module: str, flags: list[str], grace_s: float) -> ChildSpec:
     return ChildSpec(name, (sys.executable, "-m", module, *flags), grace_s)
-
-
-def _socket(run_dir: Path, name: str) -> str:
-    return f"unix:{run_dir / name}.sock"

@@ -12,9 +12,9 @@ from blockyard.common.grpc_options import LINK_OPTIONS
 from blockyard.common.protocol import EXECUTOR_PROTOCOL_VERSION
 from blockyard.executor.v1 import executor_pb2 as pb
 from blockyard.executor.v1 import executor_pb2_grpc as pb_grpc
+from executor_svc.backends.checking.runner import fake_info
 from executor_svc.service import ExecutorServicer
 from executor_svc.tests.plans import decode_same, prefill
-from integration_tests.fake_runner import fake_info
 
 INFO = fake_info(64, 4, block_size=4, max_rows=8, max_model_len=64)
 PROMPT = [3, 1, 4, 1, 5]

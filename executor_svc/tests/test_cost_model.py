@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from blockyard.executor.v1 import executor_pb2 as pb
+from executor_svc.backends.checking.runner import fake_info
 from executor_svc.cost_model import MIN_STEPS, WINDOW_STEPS, StepSamples
 from executor_svc.plan import Plan, decode
 from executor_svc.runner import StepBatch
-from integration_tests.fake_runner import fake_info
 
 INFO = fake_info(64, block_size=16)  # 8 bytes a token
 STEP_NS, TOKEN_NS, NS_PER_BYTE, NS_PER_SWAPPED_BYTE = 2e6, 5e4, 25.0, 100.0

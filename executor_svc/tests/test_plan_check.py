@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from blockyard.executor.v1 import executor_pb2 as pb
+from executor_svc.backends.checking.runner import fake_info
 from executor_svc.plan import PlanError, decode
 from executor_svc.plan_check import check
 from executor_svc.row_state import RowState
 from executor_svc.tests.plans import appends, batch, new_rows
-from integration_tests.fake_runner import fake_info
 
 INFO = fake_info(
     num_device_blocks=32,

@@ -11,12 +11,12 @@ import pytest
 
 from blockyard.common.columns import pack_u32
 from blockyard.executor.v1 import executor_pb2 as pb
+from executor_svc.backends.checking.runner import fake_info
 from executor_svc.plan import decode
 from executor_svc.plan_check import check
 from executor_svc.row_state import RowState, TokenLog
 from executor_svc.runner import LAST_SAMPLED, RunnerInfo, StepBatch
 from executor_svc.tests.plans import appends, batch, new_rows
-from integration_tests.fake_runner import fake_info
 
 INFO = fake_info(num_device_blocks=512, block_size=4, max_rows=8, max_model_len=64)
 HISTORY, DRIVEN = pb.ROW_FLAG_HISTORY, pb.ROW_FLAG_DRIVEN

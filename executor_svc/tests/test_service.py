@@ -16,11 +16,11 @@ from blockyard.common.grpc_options import LINK_OPTIONS
 from blockyard.common.protocol import EXECUTOR_PROTOCOL_VERSION
 from blockyard.executor.v1 import executor_pb2 as pb
 from blockyard.executor.v1 import executor_pb2_grpc as pb_grpc
+from executor_svc.backends.checking.runner import FakeOptions, FakeRunner
 from executor_svc.runner import FatalDeviceError
 from executor_svc.service import ExecutorServicer
 from executor_svc.tests.plans import decode_same, prefill
 from executor_svc.tests.stream_peer import BLOCKS, INFO, PROMPT, Server
-from integration_tests.fake_runner import FakeOptions, FakeRunner
 from integration_tests.reference import reference_output
 
 EXPECTED = reference_output(PROMPT, 12, INFO.vocab_size)

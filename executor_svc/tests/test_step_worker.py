@@ -10,12 +10,12 @@ import pytest
 import pytest_asyncio
 
 from blockyard.executor.v1 import executor_pb2 as pb
+from executor_svc.backends.checking.runner import FakeOptions, FakeRunner, fake_info
 from executor_svc.plan import Plan
 from executor_svc.row_state import RowState
 from executor_svc.runner import FatalDeviceError, PendingStep, StepBatch, StepOutputs
 from executor_svc.step_worker import StepWorker
 from executor_svc.tests.plans import batch, decode_same, new_rows, prefill
-from integration_tests.fake_runner import FakeOptions, FakeRunner, fake_info
 from integration_tests.reference import reference_output
 
 INFO = fake_info(64, block_size=4, max_rows=8, max_model_len=64)

@@ -6,6 +6,7 @@ Exit codes: 0 stopped by a signal, 2 unusable settings or address.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import signal
@@ -23,6 +24,7 @@ from blockyard.common.settings import run_service
 from blockyard.engine.v1 import engine_pb2_grpc
 from scheduler_svc.config import EngineSettings
 from scheduler_svc.engine.loop import Engine
+from scheduler_svc.engine.metrics import serve_metrics
 from scheduler_svc.engine.service import EngineServicer
 
 logger = logging.getLogger("scheduler_svc.engine")
@@ -43,6 +45,14 @@ def _bind(engine: Engine, listen: str) -> grpc.aio.Server:
 async def serve(settings: EngineSettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises ListenError."""
     engine = Engine(settings)
+    async with contextlib.AsyncExitStack() as stack:
+        if settings.metrics_address:
+            where = await stack.enter_async_context(serve_metrics(engine, settings.metrics_address))
+            logs.event(logger, "metrics are up", url=f"http://{where}/metrics")
+        await _serve(engine, settings)
+
+
+async def _serve(engine: Engine, settings: EngineSettings) -> None:
     server = _bind(engine, settings.listen)
     await server.start()
     stop = asyncio.Event()

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import grpc
 import numpy as np
 
 from blockyard.common.columns import unpack_u32
 from blockyard.engine.v1 import engine_pb2 as pb
-from scheduler_svc.request import Request, Sampling
-from scheduler_svc.scheduler import Limits
+from scheduler_svc.beam import MAX_WIDTH, BeamParams, EarlyStopping
+from scheduler_svc.limits import Limits
+from scheduler_svc.prefix_cache import MAX_SALT_BYTES
+from scheduler_svc.request import MAX_BRANCHES, Request, Sampling, TokenIds
+
+MAX_LOGPROBS: Final = 20
+"""Most likeliest tokens that a client may ask for beside each token."""
+
+TextStop = Callable[[Sequence[str]], Callable[[TokenIds], bool]]
+"""Makes the check whether output tokens complete one of these strings."""
+
+_EARLY_STOPPING: Final = {
+    pb.EARLY_STOPPING_UNSPECIFIED: EarlyStopping.HEURISTIC,
+    pb.EARLY_STOPPING_HEURISTIC: EarlyStopping.HEURISTIC,
+    pb.EARLY_STOPPING_AT_WIDTH: EarlyStopping.AT_WIDTH,
+    pb.EARLY_STOPPING_NEVER: EarlyStopping.NEVER,
+}
 
 
 class RejectedError(Exception):
@@ -30,8 +47,19 @@ def _invalid(message: str) -> RejectedError:
     return RejectedError(grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
+def max_branches(limits: Limits) -> int:
+    """Most samples or beams of one request that this executor runs at once."""
+    return min(MAX_BRANCHES, limits.max_num_seqs)
+
+
 def build_request(
-    submit: pb.Submit, limits: Limits, *, key: int, frontend: int, now_ns: int
+    submit: pb.Submit,
+    limits: Limits,
+    *,
+    key: int,
+    frontend: int,
+    now_ns: int,
+    text_stop: TextStop | None = None,
 ) -> Request:
     """Make a request of a submit. Raises RejectedError if it can never run on this executor."""
     if len(submit.prompt_token_ids) % 4:
@@ -43,31 +71,88 @@ def build_request(
         raise _invalid(f"token id {prompt.max()} is outside the vocabulary of {limits.vocab_size}")
     if any(token_id >= limits.vocab_size for token_id in submit.stop_token_ids):
         raise _invalid(f"a stop token id is outside the vocabulary of {limits.vocab_size}")
+    if len(submit.cache_salt) > MAX_SALT_BYTES:
+        raise _invalid(f"cache_salt has {len(submit.cache_salt)} bytes, at most {MAX_SALT_BYTES}")
+    num_samples = _num_samples(submit, limits)
+    beam = _beam(submit, limits) if submit.HasField("beam") else None
     return Request(
         key=key,
         frontend=frontend,
         request_id=submit.request_id,
-        token_ids=prompt.astype(np.int32),
-        num_prompt_tokens=len(prompt),
-        max_total_tokens=_max_total_tokens(len(prompt), submit.max_tokens, limits),
+        prompt=prompt.astype(np.int32),
+        max_total_tokens=_max_total_tokens(len(prompt), submit.max_tokens, beam, limits),
         arrival_ns=now_ns,
         sampling=_sampling(submit),
         stop_token_ids=frozenset(submit.stop_token_ids),
+        is_text_stopped=_text_stop(submit, text_stop),
+        num_samples=num_samples,
+        beam=beam,
+        cache_salt=submit.cache_salt,
+        is_cache_private=submit.cache_off,
     )
 
 
-def _max_total_tokens(num_prompt_tokens: int, max_tokens: int, limits: Limits) -> int:
-    longest = limits.max_total_tokens
+def _num_samples(submit: pb.Submit, limits: Limits) -> int:
+    most = max_branches(limits)
+    if submit.num_samples > most:
+        raise _invalid(f"num_samples is {submit.num_samples}, at most {most} run at once")
+    if submit.num_samples > 1 and submit.HasField("beam"):
+        raise _invalid("num_samples and beam exclude each other")
+    return max(1, submit.num_samples)
+
+
+def _beam(submit: pb.Submit, limits: Limits) -> BeamParams:
+    beam, most = submit.beam, min(MAX_WIDTH, max_branches(limits))
+    if not 1 <= beam.width <= most:
+        raise _invalid(f"beam.width is {beam.width}, it must be 1 to {most}")
+    if beam.num_returned > beam.width:
+        raise _invalid(f"beam.num_returned is {beam.num_returned}, beam.width only {beam.width}")
+    if not math.isfinite(beam.length_penalty):
+        raise _invalid(f"beam.length_penalty is {beam.length_penalty}")
+    if beam.early_stopping not in _EARLY_STOPPING:
+        raise _invalid(f"beam.early_stopping is {beam.early_stopping}")
+    if submit.temperature:
+        raise _invalid(f"beam search needs temperature 0, it is {submit.temperature}")
+    if submit.num_logprobs > 1:
+        raise _invalid("beam search returns the log-probability of its own tokens only")
+    return BeamParams(
+        beam.width,
+        max(1, beam.num_returned),
+        beam.length_penalty,
+        _EARLY_STOPPING[beam.early_stopping],
+    )
+
+
+def _text_stop(submit: pb.Submit, text_stop: TextStop | None) -> Callable[[TokenIds], bool] | None:
+    if not submit.stop_strings:
+        return None
+    if not submit.HasField("beam"):
+        raise _invalid("stop_strings are the front end's business, except with beam search")
+    if text_stop is None:
+        raise RejectedError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "beam search with stop strings needs an engine that was given the model directory",
+        )
+    return text_stop(submit.stop_strings)
+
+
+def _max_total_tokens(
+    num_prompt_tokens: int, max_tokens: int, beam: BeamParams | None, limits: Limits
+) -> int:
+    longest, holders = limits.max_total_tokens, ""
+    if beam is not None:
+        longest = min(longest, limits.max_beam_tokens(num_prompt_tokens, beam.width))
+        holders = f" for {beam.width} beams"
     if num_prompt_tokens >= longest:
         raise _invalid(
             f"the prompt has {num_prompt_tokens} tokens; model and KV memory hold {longest} "
-            "tokens of prompt and output together"
+            f"tokens of prompt and output together{holders}"
         )
     total = num_prompt_tokens + max_tokens
     if total > longest:
         raise _invalid(
             f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the {longest} "
-            "tokens that model and KV memory hold"
+            f"tokens that model and KV memory hold{holders}"
         )
     return total if max_tokens else longest
 
@@ -77,4 +162,13 @@ def _sampling(submit: pb.Submit) -> Sampling:
         value = getattr(submit, name)
         if not math.isfinite(value) or not 0 <= value <= highest:
             raise _invalid(f"{name} is {value}")
-    return Sampling(submit.temperature, submit.top_k, submit.top_p, submit.min_p, submit.seed)
+    if submit.num_logprobs > 1 + MAX_LOGPROBS:
+        raise _invalid(f"num_logprobs is {submit.num_logprobs}, at most {1 + MAX_LOGPROBS}")
+    return Sampling(
+        submit.temperature,
+        submit.top_k,
+        submit.top_p,
+        submit.min_p,
+        submit.seed,
+        submit.num_logprobs,
+    )

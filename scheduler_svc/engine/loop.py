@@ -12,40 +12,43 @@ import time
 from collections.abc import AsyncIterator
 
 import grpc
-import numpy as np
 
 from blockyard.common.logs import event
 from blockyard.engine.v1 import engine_pb2 as pb
 from blockyard.executor.v1 import executor_pb2
 from scheduler_svc import plan_codec
 from scheduler_svc.config import EngineSettings
-from scheduler_svc.engine.admission import RejectedError, build_request
+from scheduler_svc.cost_model import CostModel
+from scheduler_svc.engine.admission import RejectedError, build_request, max_branches
+from scheduler_svc.engine.beam_pace import BeamPace
 from scheduler_svc.engine.link import FrontendLink
+from scheduler_svc.engine.reports import finish_message, snapshot_message
+from scheduler_svc.engine.text_stop import TextStops
 from scheduler_svc.executor_client import (
     ExecutorClient,
     IncompatibleExecutorError,
     LinkState,
     LinkTimeouts,
 )
-from scheduler_svc.request import RequestStatus
-from scheduler_svc.scheduler import Limits, Scheduler
+from scheduler_svc.limits import Limits
+from scheduler_svc.plan_log import PlanLog
+from scheduler_svc.policy import Policy
+from scheduler_svc.scheduler import Scheduler
 from scheduler_svc.step_plan import Finished, StepOutput
 
 logger = logging.getLogger(__name__)
-
-_REASONS = {
-    RequestStatus.FINISHED_STOP: pb.FINISH_REASON_STOP,
-    RequestStatus.FINISHED_LENGTH: pb.FINISH_REASON_LENGTH,
-    RequestStatus.FINISHED_ERROR: pb.FINISH_REASON_ERROR,
-}
 
 
 class Engine:
     """One scheduler, one executor link, any number of front-end links."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        """Create an engine that has not met its executor yet."""
+        """Create an engine that has not met its executor yet. Raises OSError (plan log)."""
         self._settings = settings
+        self._policy = Policy(settings.preemption, settings.prefix_cache)
+        self._log = PlanLog(settings.plan_log, self._policy, settings.plan_log_max_bytes)
+        self._text_stops = TextStops(settings.model_dir) if settings.model_dir else None
+        self._pace = BeamPace()
         self.scheduler: Scheduler | None = None
         self.client = ExecutorClient(
             settings.executor,
@@ -57,8 +60,6 @@ class Engine:
         self._links: dict[int, FrontendLink] = {}
         self._num_links = 0
         self._num_requests = 0
-        self._num_finished = 0
-        self._num_epochs = 0
         self._link_state = pb.WatchExecutorResponse(state=pb.WatchExecutorResponse.STATE_CONNECTING)
         self._link_state_changed = asyncio.Event()
 
@@ -75,10 +76,11 @@ class Engine:
 
     def on_new_epoch(self, epoch: int) -> None:
         """Start over on an empty executor; requests keep their tokens and wait again."""
-        limits = self._limits()
+        assert self._info is not None
+        limits = self._limits(self._info)
+        self._log.begin_epoch(epoch, self._info, limits)
         if self.scheduler is None:
-            self.scheduler = Scheduler(limits)
-        self._num_epochs += 1
+            self.scheduler = Scheduler(limits, self._policy)
         event(
             logger,
             "epoch begins",
@@ -91,9 +93,8 @@ class Engine:
         for link in self._links.values():
             link.push_state(self.state())
 
-    def _limits(self) -> Limits:
-        assert self._info is not None
-        info, settings = self._info, self._settings
+    def _limits(self, info: executor_pb2.DescribeResponse) -> Limits:
+        settings = self._settings
         budget = min(
             settings.max_num_batched_tokens or info.max_num_batched_tokens,
             info.max_num_batched_tokens,
@@ -106,14 +107,31 @@ class Engine:
             max_model_len=min(settings.max_model_len or info.max_model_len, info.max_model_len),
             vocab_size=info.vocab_size,
             watermark_blocks=int(settings.watermark * info.num_device_blocks),
+            num_host_blocks=info.num_host_blocks,
+            block_bytes=info.block_bytes,
         )
 
     def on_result(self, result: executor_pb2.StepResult) -> None:
         """Commit a step, plan the next, then tell the front ends."""
         assert self.scheduler is not None
+        self._log.result(result)
+        self._pace.observe(result.timings)
         output = self.scheduler.commit(plan_codec.decode(result))
         self.pump()
         self._publish(output)
+
+    def on_cost_model(self, cost_model: executor_pb2.CostModel) -> None:
+        """Take the executor's newest prices."""
+        if self.scheduler is not None:
+            self._log.cost_model(cost_model)
+            self.scheduler.set_cost_model(
+                CostModel(
+                    cost_model.step_ns,
+                    cost_model.token_ns,
+                    cost_model.kv_bytes_per_s,
+                    cost_model.swap_bytes_per_s,
+                )
+            )
 
     def on_state(self, state: LinkState, message: str) -> None:
         """Tell the supervisor, and go on if the executor is there."""
@@ -146,13 +164,23 @@ class Engine:
         while (
             scheduler is not None
             and self.client.is_ready
-            and self.client.num_in_flight < self._settings.window
+            and self.client.num_in_flight < self._window(scheduler)
             and scheduler.has_work
         ):
-            plan = scheduler.plan(time.monotonic_ns())
+            now_ns = time.monotonic_ns()
+            self._log.plan_call(now_ns)
+            plan = scheduler.plan(now_ns)
             if plan is None:
                 return
-            self.client.send(plan_codec.encode(plan))
+            message = plan_codec.encode(plan)
+            self._log.plan(message)
+            self.client.send(message)
+
+    def _window(self, scheduler: Scheduler) -> int:
+        """Plans that may be in flight; one if the next is better held until beams can join it."""
+        if scheduler.has_beams_in_flight and self._pace.should_hold:
+            return 1
+        return self._settings.window
 
     # ---- the front ends' side
 
@@ -168,7 +196,7 @@ class Engine:
         """End a front end's link and abort what it still had."""
         del self._links[link.index]
         for request_id in list(link.requests):
-            self._stop(link, request_id, 0)
+            self._abort(link, request_id)
         self.pump()
 
     def state(self) -> pb.EngineState:
@@ -185,6 +213,7 @@ class Engine:
             block_size=limits.block_size,
             num_device_blocks=limits.num_device_blocks - 1,
             max_num_seqs=limits.max_num_seqs,
+            max_branches=max_branches(limits),
         )
 
     def submit(self, link: FrontendLink, submits: pb.SubmitBatch) -> None:
@@ -213,75 +242,65 @@ class Engine:
             key=self._num_requests,
             frontend=link.index,
             now_ns=time.monotonic_ns(),
+            text_stop=self._text_stops,
         )
         link.requests[submit.request_id] = request
+        self._log.submit(submit, request)
         self.scheduler.submit(request)
 
     def stop(self, link: FrontendLink, stops: pb.StopBatch) -> None:
-        """End requests early; ids that have ended already are ignored."""
+        """End branches or whole requests early; what has ended already is ignored."""
         counts = stops.num_output_tokens or [0] * len(stops.request_ids)
-        for request_id, count in zip(stops.request_ids, counts, strict=True):
-            self._stop(link, request_id, count)
+        branches = stops.branches or [0] * len(stops.request_ids)
+        for request_id, branch, count in zip(stops.request_ids, branches, counts, strict=True):
+            if count:
+                self._stop(link, request_id, branch, count)
+            else:
+                self._abort(link, request_id)
         self.pump()
 
-    def _stop(self, link: FrontendLink, request_id: int, num_output_tokens: int) -> None:
+    def _abort(self, link: FrontendLink, request_id: int) -> None:
         request = link.requests.pop(request_id, None)
-        if request is None or self.scheduler is None:
+        if request is not None and self.scheduler is not None:
+            self._log.abort(request.key)
+            self.scheduler.abort(request)
+
+    def _stop(self, link: FrontendLink, request_id: int, index: int, num_tokens: int) -> None:
+        request = link.requests.get(request_id)
+        if request is None or self.scheduler is None or request.beam is not None:
             return
-        self._num_finished += 1
-        if num_output_tokens:
-            self.scheduler.finish(request, RequestStatus.FINISHED_STOP)
-            link.push_finish(self._finish(Finished(request, num_output_tokens)))
-        else:
-            self.scheduler.finish(request, RequestStatus.FINISHED_ABORTED)
+        if index >= len(request.branches) or request.branches[index].status.is_finished:
+            return
+        self._log.stop(request.key, index, num_tokens)
+        self._finish(link, self.scheduler.stop(request.branches[index], num_tokens))
 
     def _publish(self, output: StepOutput) -> None:
         """Hand each front end its part of a step; a link that is gone gets nothing."""
-        frontends = output.frontends
-        for index in np.unique(frontends).tolist() if len(frontends) else ():
-            if (link := self._links.get(index)) is not None:
-                mine = frontends == index
-                link.push_tokens(output.request_ids[mine], output.token_ids[mine])
+        if len(output.token_ids):
+            for link in self._links.values():
+                link.push_tokens(output)
         for finished in output.finished:
-            link = self._links.get(finished.request.frontend)
-            if link is not None:
-                self._num_finished += 1
-                link.requests.pop(finished.request.request_id, None)
-                link.push_finish(self._finish(finished))
+            owner = self._links.get(finished.request.frontend)
+            if owner is not None:
+                self._finish(owner, finished)
 
-    @staticmethod
-    def _finish(finished: Finished) -> pb.Finish:
-        request = finished.request
-        return pb.Finish(
-            request_id=request.request_id,
-            reason=_REASONS[request.status],
-            stop_token_id=finished.stop_token_id,
-            error_message=finished.error_message,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_output_tokens=finished.num_output_tokens,
-            num_preemptions=request.num_preemptions,
-            num_recoveries=request.num_recoveries,
-            queue_ns=max(0, request.first_admitted_ns - request.arrival_ns),
+    def _finish(self, link: FrontendLink, finished: Finished) -> None:
+        if finished.is_last:
+            link.requests.pop(finished.request.request_id, None)
+        link.push_finish(finish_message(finished))
+
+    def flush_cache(self) -> pb.FlushCacheResponse:
+        """Let nothing that is cached now be found again."""
+        if self.scheduler is None:
+            return pb.FlushCacheResponse()
+        self._log.flush_cache()
+        num_device_blocks, num_host_blocks = self.scheduler.flush_cache()
+        return pb.FlushCacheResponse(
+            num_device_blocks=num_device_blocks, num_host_blocks=num_host_blocks
         )
 
     def snapshot(self) -> pb.SnapshotResponse:
-        """Queues and pool between two steps; see the proto for the classes."""
+        """Queues and pools between two steps; see the proto for the classes."""
         if self.scheduler is None:
             return pb.SnapshotResponse()
-        scheduler, pool = self.scheduler, self.scheduler.kv.pool
-        rows = [request.row for request in scheduler.running.values()]
-        num_stored = int(scheduler.rows.num_planned[rows].sum())
-        return pb.SnapshotResponse(
-            epoch=scheduler.epoch,
-            step_id=scheduler.last_step_id,
-            num_waiting=len(scheduler.waiting),
-            num_running=len(rows),
-            num_device_blocks=pool.num_usable,
-            num_free_blocks=pool.num_free,
-            num_used_blocks=pool.num_used,
-            num_stored_tokens=num_stored,
-            num_unused_slots=pool.num_used * scheduler.limits.block_size - num_stored,
-            num_preemptions=scheduler.num_preemptions,
-            num_finished=self._num_finished,
-            num_recoveries=max(0, self._num_epochs - 1),
-        )
+        return snapshot_message(self.scheduler)

@@ -72,8 +72,9 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
                     self._engine.submit(link, frame.submit)
                 elif kind == "stop":
                     stop = frame.stop
-                    if len(stop.num_output_tokens) not in (0, len(stop.request_ids)):
-                        return "stop: num_output_tokens is not parallel to request_ids"
+                    for column in (stop.num_output_tokens, stop.branches):
+                        if len(column) not in (0, len(stop.request_ids)):
+                            return "stop: a column is not parallel to request_ids"
                     self._engine.stop(link, stop)
                 else:
                     return f"frame {kind} inside a stream"
@@ -89,5 +90,11 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             yield state
 
     async def Snapshot(self, request: pb.SnapshotRequest, context: Context) -> pb.SnapshotResponse:
-        """Queues and pool between two steps."""
+        """Queues and pools between two steps."""
         return self._engine.snapshot()
+
+    async def FlushCache(
+        self, request: pb.FlushCacheRequest, context: Context
+    ) -> pb.FlushCacheResponse:
+        """Let nothing that is cached now be found again."""
+        return self._engine.flush_cache()

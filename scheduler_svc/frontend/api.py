@@ -1,7 +1,7 @@
 """blockyard.v1.GenerateService: admission, streaming, ends.
 
-Requests are parsed and responses serialised here, on bytes: a malformed request then gets a clear
-status, and a response is serialised once. Nothing is sent before admission, the engine's included,
+Requests and responses are bytes to the server: a malformed request then gets a clear status, and a
+response is serialised once. Nothing is sent before admission, the engine's included,
 so errors until then are Trailers-Only and clients may retry them.
 """
 
@@ -16,7 +16,6 @@ from typing import Final, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError, Message
 
 from blockyard.common.columns import pack_u32
 from blockyard.common.model_dir import ModelDir
@@ -24,14 +23,14 @@ from blockyard.engine.v1 import engine_pb2 as engine_pb
 from blockyard.v1 import generate_pb2 as pb
 from scheduler_svc.frontend import validation
 from scheduler_svc.frontend.chat_template import ChatTemplateError
-from scheduler_svc.frontend.detokenizer import new_detokenizer
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.fanout import Fanout
-from scheduler_svc.frontend.output_stream import Chunk, Ending, EngineUsage, OutputStream
+from scheduler_svc.frontend.output_stream import Output, OutputOptions, OutputStream
+from scheduler_svc.frontend.parsing import parse
 from scheduler_svc.frontend.request_log import RequestRecord
-from scheduler_svc.frontend.stop_strings import StopStrings
+from scheduler_svc.frontend.responses import UnaryResponse, stream_responses
 from scheduler_svc.frontend.tokenizer import PromptTokenizer
-from scheduler_svc.frontend.validation import RequestError, Sampling, Stopping
+from scheduler_svc.frontend.validation import RequestError, Wanted
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["GenerateService"].full_name
 
@@ -45,7 +44,6 @@ log = logging.getLogger(__name__)
 
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 _Result = TypeVar("_Result")
-_Message = TypeVar("_Message", bound=Message)
 
 
 class GenerateApi:
@@ -95,35 +93,31 @@ class GenerateApi:
 
         async def respond(stream: OutputStream, record: RequestRecord) -> None:
             while True:
-                chunk = await _next_chunk(stream)
-                _note_ending(record, chunk.ending)
-                await context.write(_response(stream, record, chunk))
-                if chunk.usage is not None:
+                output = await _next_output(stream, record)
+                for response in stream_responses(output, stream, record):
+                    await context.write(response)
+                if output.usage is not None:
                     return
 
-        await self._serve(data, context, self._max_buffered_tokens, respond)
+        await self._serve(data, context, respond, is_streamed=True)
 
     async def generate_unary(self, data: bytes, context: _Context) -> bytes:
         """GenerateUnary: one answer at the end."""
 
         async def respond(stream: OutputStream, record: RequestRecord) -> bytes:
-            response = pb.GenerateUnaryResponse(request_id=record.request_id)
-            choice = response.choices.add()
-            while not response.HasField("usage"):
-                chunk = await _next_chunk(stream)
-                _note_ending(record, chunk.ending)
-                choice.text += chunk.text
-                choice.token_ids.extend(chunk.token_ids)
-                _set_ending(choice, chunk.ending)
-                _set_usage(response, stream, record, chunk.usage)
-            return response.SerializeToString()
+            response = UnaryResponse()
+            while True:
+                output = await _next_output(stream, record)
+                response.add(output)
+                if output.usage is not None:
+                    return response.serialise(output.usage, stream, record)
 
-        return await self._serve(data, context, None, respond)
+        return await self._serve(data, context, respond, is_streamed=False)
 
     async def get_model(self, data: bytes, context: _Context) -> bytes:
         """GetModel: UNAVAILABLE until the engine is known."""
         try:
-            _parse(pb.GetModelRequest, data)
+            parse(pb.GetModelRequest, data)
             state = self._engine_state()
         except RequestError as error:
             await context.abort(error.code, str(error))
@@ -135,14 +129,16 @@ class GenerateApi:
             has_chat_template=self._tokenizer.has_chat_template,
             eos_token_ids=self._model.eos_token_ids,
             version=self._version,
+            max_branches=state.max_branches,
         ).SerializeToString()
 
     async def _serve(
         self,
         data: bytes,
         context: _Context,
-        max_buffered_tokens: int | None,
         respond: Callable[[OutputStream, RequestRecord], Awaitable[_Result]],
+        *,
+        is_streamed: bool,
     ) -> _Result:
         """The edge of a request: admits it, turns errors into statuses, always cleans up."""
         record = RequestRecord()
@@ -152,7 +148,7 @@ class GenerateApi:
         try:
             if self._is_draining:
                 raise RequestError(grpc.StatusCode.UNAVAILABLE, "the server is draining; retry")
-            stream = await self._admit(data, context, max_buffered_tokens, record)
+            stream = await self._admit(data, context, record, is_streamed=is_streamed)
             return await respond(stream, record)
         except RequestError as error:
             record.status = error.code.name
@@ -175,35 +171,40 @@ class GenerateApi:
                 self._idle.set()
 
     async def _admit(
-        self,
-        data: bytes,
-        context: _Context,
-        max_buffered_tokens: int | None,
-        record: RequestRecord,
+        self, data: bytes, context: _Context, record: RequestRecord, *, is_streamed: bool
     ) -> OutputStream:
         """Check, tokenise and submit. Raises RequestError."""
-        request = _parse(pb.GenerateRequest, data)
+        request = parse(pb.GenerateRequest, data)
         record.request_id = validation.check_request_id(request)
-        max_model_len = self._engine_state().max_model_len
-        vocab_size = self._model.vocab_size
-        validation.check_input(request, vocab_size)
-        sampling = validation.check_sampling(request.sampling, self._model.sampling_defaults)
-        record.seed = sampling.seed
-        stopping = validation.check_stopping(request, self._model.eos_token_ids, vocab_size)
-        prompt = await self._tokenise(request, max_model_len)
+        state = self._engine_state()
+        wanted = validation.check(request, self._model, state.max_branches)
+        record.seed = wanted.sampling.seed
+        prompt = await self._tokenise(request, state.max_model_len)
         record.num_prompt_tokens = len(prompt)
         # Tokenising took time: the engine may have come, gone or changed.
-        state = self._engine_state()
-        validation.check_length(len(prompt), stopping.max_tokens, state.max_model_len)
+        max_model_len = self._engine_state().max_model_len
+        validation.check_length(len(prompt), wanted.stopping.max_tokens, max_model_len)
         stream = self._fanout.open(
-            stopping.token_ids,
-            None if request.skip_text else new_detokenizer(self._tokenizer.vocabulary),
-            StopStrings(stopping.strings) if stopping.strings else None,
-            max_buffered_tokens,
+            self._output_options(wanted, has_text=not request.skip_text, is_streamed=is_streamed)
         )
-        deadline_unix_ns = _deadline_unix_ns(context)
-        self._link.submit(_submit(stream.key, prompt, sampling, stopping, deadline_unix_ns))
+        self._link.submit(_submit(stream.key, prompt, wanted, _deadline_unix_ns(context)))
         return stream
+
+    def _output_options(
+        self, wanted: Wanted, *, has_text: bool, is_streamed: bool
+    ) -> OutputOptions:
+        is_beam = wanted.choices.beam is not None
+        # Most of a beam search's output comes at once, at its end, whoever reads it.
+        is_bounded = is_streamed and not is_beam
+        return OutputOptions(
+            num_choices=wanted.choices.num_choices,
+            is_beam=is_beam,
+            vocabulary=self._tokenizer.vocabulary if has_text else None,
+            stop_token_ids=wanted.stopping.token_ids,
+            stop_strings=wanted.stopping.strings,
+            max_buffered_tokens=self._max_buffered_tokens if is_bounded else None,
+            is_streamed=is_streamed,
+        )
 
     def _engine_state(self) -> engine_pb.EngineState:
         state = self._link.state
@@ -235,15 +236,6 @@ class GenerateApi:
             raise validation.invalid(f"chat: {error}") from error
 
 
-def _parse(kind: type[_Message], data: bytes) -> _Message:
-    try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        # Not valid protobuf, or a string field that is not UTF-8.
-        name = kind.DESCRIPTOR.name
-        raise validation.invalid(f"not a valid {name}: {error}") from error
-
-
 def _deadline_unix_ns(context: _Context) -> int:
     """0: the client set none."""
     remaining_s: float | None = context.time_remaining()
@@ -252,9 +244,8 @@ def _deadline_unix_ns(context: _Context) -> int:
     return time.time_ns() + int(remaining_s * 1e9)
 
 
-def _submit(
-    key: int, prompt: list[int], sampling: Sampling, stopping: Stopping, deadline_unix_ns: int
-) -> engine_pb.Submit:
+def _submit(key: int, prompt: list[int], wanted: Wanted, deadline_unix_ns: int) -> engine_pb.Submit:
+    sampling, stopping, beam = wanted.sampling, wanted.stopping, wanted.choices.beam
     return engine_pb.Submit(
         request_id=key,
         prompt_token_ids=pack_u32(prompt),
@@ -266,57 +257,28 @@ def _submit(
         seed=sampling.seed,
         stop_token_ids=stopping.token_ids,
         deadline_unix_ns=deadline_unix_ns,
+        num_samples=wanted.choices.num_choices if beam is None else 0,
+        beam=beam,
+        num_logprobs=wanted.num_logprobs,
+        cache_salt=wanted.cache.salt,
+        cache_off=wanted.cache.off,
+        stop_strings=stopping.strings if beam is not None else (),
     )
 
 
-async def _next_chunk(stream: OutputStream) -> Chunk:
+async def _next_output(stream: OutputStream, record: RequestRecord) -> Output:
     """Wait for output. Raises RequestError if the stream failed."""
     while True:
         if stream.waits_for_usage and not stream.ready.is_set():
             # The client has all its text; the numbers may be late, but not for ever.
-            with contextlib.suppress(TimeoutError):
+            try:
                 await asyncio.wait_for(stream.ready.wait(), _USAGE_TIMEOUT_S)
-            stream.settle()
+            except TimeoutError:
+                stream.settle()
         await stream.ready.wait()
         stream.ready.clear()
-        if (chunk := stream.take()) is not None:
-            return chunk
-
-
-def _note_ending(record: RequestRecord, ending: Ending | None) -> None:
-    if ending is not None:
-        record.finish_reason = pb.FinishReason.Name(ending.reason).removeprefix("FINISH_REASON_")
-
-
-def _response(stream: OutputStream, record: RequestRecord, chunk: Chunk) -> bytes:
-    response = pb.GenerateResponse(
-        request_id=record.request_id, text=chunk.text, token_ids=chunk.token_ids
-    )
-    _set_ending(response, chunk.ending)
-    _set_usage(response, stream, record, chunk.usage)
-    return response.SerializeToString()
-
-
-def _set_ending(target: pb.GenerateResponse | pb.Choice, ending: Ending | None) -> None:
-    if ending is None:
-        return
-    target.finish_reason = ending.reason
-    if ending.stop_token_id is not None:
-        target.stop_reason.token_id = ending.stop_token_id
-    if ending.stop_string is not None:
-        target.stop_reason.string = ending.stop_string
-
-
-def _set_usage(
-    target: pb.GenerateResponse | pb.GenerateUnaryResponse,
-    stream: OutputStream,
-    record: RequestRecord,
-    usage: EngineUsage | None,
-) -> None:
-    if usage is None:
-        return
-    target.usage.prompt_tokens = record.num_prompt_tokens
-    target.usage.output_tokens = stream.num_output_tokens
-    target.usage.cached_tokens = usage.num_cached_tokens
-    target.usage.seed = record.seed
-    target.usage.preemptions = usage.num_preemptions
+        if (output := stream.take()) is not None:
+            for chunk in output.chunks:
+                if chunk.ending is not None:
+                    record.note_ending(chunk.ending)
+            return output

@@ -23,7 +23,7 @@ class FrontendSettings(ServiceSettings):
     max_buffered_tokens: int = Field(
         4096,
         ge=1,
-        description="Tokens of one stream that may wait for its reader; more fail that stream.",
+        description="Tokens of one choice that may wait for its reader; more fail that stream.",
     )
     drain_grace_s: float = Field(
         30.0, ge=0, description="After SIGTERM, how long open streams may take to finish [s]."

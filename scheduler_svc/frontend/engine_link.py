@@ -18,7 +18,7 @@ from blockyard.common.grpc_options import LINK_OPTIONS
 from blockyard.common.logs import event
 from blockyard.engine.v1 import engine_pb2 as pb
 from blockyard.engine.v1 import engine_pb2_grpc as pb_grpc
-from scheduler_svc.frontend.fanout import Fanout, Stops
+from scheduler_svc.frontend.fanout import Fanout, Stop
 
 _RETRY_INTERVAL_S: Final = 0.2
 _INCOMPATIBLE_RETRY_INTERVAL_S: Final = 1.0
@@ -62,7 +62,7 @@ class EngineLink:
         self._on_ready_changed = on_ready_changed
         self._state: pb.EngineState | None = None
         self._submits: list[pb.Submit] = []
-        self._stops: Stops = []
+        self._stops: list[Stop] = []
         self._has_outgoing = asyncio.Event()
         self._last_problem = ""
 
@@ -77,7 +77,7 @@ class EngineLink:
         self._submits.append(submit)
         self._has_outgoing.set()
 
-    def stop(self, stops: Stops) -> None:
+    def stop(self, stops: list[Stop]) -> None:
         """End requests early; forgotten if the link is down, as the engine aborted them then."""
         if stops and self._state is not None:
             self._stops.extend(stops)
@@ -123,8 +123,8 @@ class EngineLink:
             pb.ConnectRequest(submit=pb.SubmitBatch(submits=batch)) for batch in _batches(submits)
         ]
         if stops:
-            keys, num_kept = zip(*stops, strict=True)
-            stop = pb.StopBatch(request_ids=keys, num_output_tokens=num_kept)
+            keys, num_kept, branches = zip(*stops, strict=True)
+            stop = pb.StopBatch(request_ids=keys, num_output_tokens=num_kept, branches=branches)
             frames.append(pb.ConnectRequest(stop=stop))
         return frames
 

@@ -6,19 +6,24 @@ A batch is applied in one go, without awaiting; handlers run when their stream's
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import grpc
 
 from blockyard.engine.v1 import engine_pb2 as pb
-from scheduler_svc.frontend.detokenizer import Detokenizer
 from scheduler_svc.frontend.flush_policy import FlushPolicy
+from scheduler_svc.frontend.logprob_columns import LogprobColumns
 from scheduler_svc.frontend.loop_lag import LoopLag
-from scheduler_svc.frontend.output_stream import OutputStream
-from scheduler_svc.frontend.stop_strings import StopStrings
+from scheduler_svc.frontend.output_stream import OutputOptions, OutputStream
 
-Stops = list[tuple[int, int]]
-"""(request id on the engine's stream, output tokens to keep; 0: abort)."""
+
+class Stop(NamedTuple):
+    """What the engine is to end early."""
+
+    request_id: int  # on the engine's stream
+    num_output_tokens: int = 0  # to keep; 0: abort the request
+    branch: int = 0  # that a stop string was found in
+
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -39,27 +44,19 @@ class Fanout:
         """Streams between open and close."""
         return len(self._streams)
 
-    def open(
-        self,
-        stop_token_ids: Sequence[int],
-        detokenizer: Detokenizer | None,
-        stop_strings: StopStrings | None,
-        max_buffered_tokens: int | None,
-    ) -> OutputStream:
-        """Register a new stream under a new key; parameters as OutputStream's."""
+    def open(self, options: OutputOptions) -> OutputStream:
+        """Register a new stream under a new key."""
         self._last_key += 1
-        stream = OutputStream(
-            self._last_key, stop_token_ids, detokenizer, stop_strings, max_buffered_tokens
-        )
+        stream = OutputStream(self._last_key, options)
         self._streams[stream.key] = stream
         return stream
 
-    def close(self, stream: OutputStream) -> Stops:
+    def close(self, stream: OutputStream) -> list[Stop]:
         """Forget a stream; returns the abort to send if the engine still works on it."""
         del self._streams[stream.key]
-        return [(stream.key, 0)] if stream.is_open else []
+        return [Stop(stream.key)] if stream.is_running else []
 
-    def apply(self, batch: pb.OutputBatch) -> Stops:
+    def apply(self, batch: pb.OutputBatch) -> list[Stop]:
         """Take one batch: tokens first, then ends and refusals."""
         loop = asyncio.get_running_loop()
         self._policy.observe(len(batch.request_ids), loop.time())
@@ -81,30 +78,30 @@ class Fanout:
         for stream in self._streams.values():
             stream.fail(code, message)
 
-    def _push_all(self, batch: pb.OutputBatch, *, merge: bool) -> Stops:
-        stops: Stops = []
+    def _push_all(self, batch: pb.OutputBatch, *, merge: bool) -> list[Stop]:
+        stops: list[Stop] = []
         token_ids = list(batch.token_ids)
-        counts = batch.token_counts or [1] * len(batch.request_ids)
+        num_entries = len(batch.request_ids)
+        counts = batch.token_counts or [1] * num_entries
+        branches = batch.branches or [0] * num_entries
+        columns = LogprobColumns(batch) if batch.num_logprobs else None
         begin = 0
-        for key, count in zip(batch.request_ids, counts, strict=True):
+        for key, branch, count in zip(batch.request_ids, branches, counts, strict=True):
             end = begin + count
+            logprobs = columns.take(count) if columns is not None else ()
             stream = self._streams.get(key)
-            if stream is not None and stream.is_open:
-                is_first = stream.num_output_tokens == 0
-                num_kept = stream.push(token_ids[begin:end])
+            if stream is not None and stream.is_open(branch):
+                is_first = stream.first_token_ns is None
+                num_kept = stream.push(branch, token_ids[begin:end], logprobs)
                 if num_kept is not None:
-                    stops.append((key, num_kept))
-                self._wake(stream, merge=merge and not is_first)
+                    stops.append(Stop(key, num_kept, branch))
+                    stream.ready.set()
+                elif merge and not is_first:
+                    self._waiting.append(stream)
+                elif stream.wants_waking:
+                    stream.ready.set()
             begin = end
         return stops
-
-    def _wake(self, stream: OutputStream, *, merge: bool) -> None:
-        if not stream.is_open:
-            stream.ready.set()
-        elif merge:
-            self._waiting.append(stream)
-        elif stream.wants_waking:
-            stream.ready.set()
 
     def _flush(self) -> None:
         self._flush_timer = None

@@ -1,32 +1,35 @@
-"""One request's output on its way from the engine to its client.
-
-Tokens are taken as they come and cost little; text is made when the client's handler takes a
-chunk, except with stop strings, which must be looked for token by token.
-"""
+"""One request's output between the engine's batches and the handler of its call."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
 from blockyard.engine.v1 import engine_pb2 as engine_pb
 from blockyard.v1 import generate_pb2 as pb
-from scheduler_svc.frontend.detokenizer import Detokenizer
+from scheduler_svc.frontend.choice_output import ChoiceOutput, Chunk
+from scheduler_svc.frontend.detokenizer import new_detokenizer
 from scheduler_svc.frontend.stop_strings import StopStrings
 from scheduler_svc.frontend.validation import RequestError
+from scheduler_svc.frontend.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """Why the output is complete."""
+class OutputOptions:
+    """What a request's output is to be."""
 
-    reason: pb.FinishReason.ValueType
-    stop_token_id: int | None = None
-    stop_string: str | None = None
+    num_choices: int = 1
+    is_beam: bool = False
+    vocabulary: Vocabulary | None = None  # None: no text
+    stop_token_ids: Sequence[int] = ()  # their text is not part of the output
+    stop_strings: Sequence[str] = ()  # need a vocabulary
+    # Of one choice; more fail the stream. None: no limit.
+    max_buffered_tokens: int | None = None
+    is_streamed: bool = True  # False: the handler takes all at the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,142 +38,80 @@ class EngineUsage:
 
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    blocks: engine_pb.BlockUsage = field(default_factory=engine_pb.BlockUsage)
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Output:
     """What a client has not got yet."""
 
-    token_ids: list[int]
-    text: str
-    ending: Ending | None
+    chunks: list[Chunk]  # at most one a choice
     usage: EngineUsage | None
-    """Set in the last chunk."""
+    """Set in the last output."""
 
 
 class OutputStream:
-    """Buffer between the engine's batches and one handler, which waits for `ready`."""
+    """The choices of one request; one handler waits for `ready`."""
 
-    def __init__(
-        self,
-        key: int,
-        stop_token_ids: Sequence[int],
-        detokenizer: Detokenizer | None,
-        stop_strings: StopStrings | None,
-        max_buffered_tokens: int | None,
-    ) -> None:
-        """Start empty.
-
-        Args:
-            key: the request's id on the engine's stream.
-            stop_token_ids: their text is not part of the output.
-            detokenizer: None: no text.
-            stop_strings: needs a detokenizer.
-            max_buffered_tokens: more fail the stream. None: the handler takes all at the end.
-        """
+    def __init__(self, key: int, options: OutputOptions) -> None:
+        """Start empty; `key` is the request's id on the engine's stream."""
         self.key = key
         self.ready = asyncio.Event()
-        self.num_output_tokens = 0
         self.first_token_ns: int | None = None
-        self._stop_token_ids = frozenset(stop_token_ids)
-        self._detokenizer = detokenizer
-        self._stop_strings = stop_strings
-        self._max_buffered_tokens = max_buffered_tokens
-        self._token_ids: list[int] = []
-        self._text: list[str] = []
-        self._ending: Ending | None = None
-        self._is_ending_taken = False
+        self._is_beam = options.is_beam
+        self._is_streamed = options.is_streamed
+        self._max_buffered_tokens = options.max_buffered_tokens
+        self._choices = _choices(options)
+        self._running = set(range(options.num_choices))  # branches that the engine works on
+        self._num_preemptions = 0
         self._usage: EngineUsage | None = None
         self._error: RequestError | None = None
 
     @property
-    def is_open(self) -> bool:
-        """Whether more tokens are wanted; the engine still works on the request."""
-        return self._ending is None and self._error is None
+    def num_output_tokens(self) -> int:
+        """Of all choices, so far."""
+        return sum(choice.num_output_tokens for choice in self._choices)
+
+    @property
+    def num_choices(self) -> int:
+        """Choices asked for."""
+        return len(self._choices)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine works on any of it."""
+        return bool(self._running)
 
     @property
     def waits_for_usage(self) -> bool:
         """Whether only the engine's numbers are missing."""
-        return self._ending is not None and self._usage is None
+        return self._usage is None and all(choice.has_ended for choice in self._choices)
 
     @property
     def wants_waking(self) -> bool:
         """Whether new tokens alone should wake the handler."""
-        return self._max_buffered_tokens is not None
+        return self._is_streamed
 
-    def push(self, token_ids: Sequence[int]) -> int | None:
-        """Take new tokens while open.
+    def is_open(self, branch: int) -> bool:
+        """Whether more tokens of a branch are wanted."""
+        return self._error is None and self._choices[branch].is_open
 
-        Returns what the engine must be told: None: nothing; else how many output tokens to keep
-        (a stop string was found), 0 to abort (the client reads too slowly).
+    def push(
+        self, branch: int, token_ids: Sequence[int], logprobs: Sequence[pb.TokenLogprob] = ()
+    ) -> int | None:
+        """Take new tokens of an open branch, and their log-probabilities, parallel or none.
+
+        Returns what the engine must be told: None: nothing; else how many output tokens to keep of
+        the branch (a stop string was found), 0 to abort all (the client reads too slowly).
         """
+        choice = self._choices[branch]
         if self.first_token_ns is None:
             self.first_token_ns = time.monotonic_ns()
-        if self._stop_strings is not None:
-            return self._push_matching(token_ids, self._stop_strings)
-        self._token_ids.extend(token_ids)
-        self.num_output_tokens += len(token_ids)
-        return self._check_buffer()
-
-    def finish(self, finish: engine_pb.Finish) -> None:
-        """The engine's end of the request; its last tokens were pushed before."""
-        if self._error is not None:
-            return
-        if finish.reason == engine_pb.FINISH_REASON_ERROR:
-            self.fail(grpc.StatusCode.INTERNAL, finish.error_message or "the request failed")
-            return
-        self._usage = EngineUsage(finish.num_cached_tokens, finish.num_preemptions)
-        if self._ending is None:
-            self._ending = self._end_text() or _ending_of(finish)
-        self.ready.set()
-
-    def fail(self, code: grpc.StatusCode, message: str) -> None:
-        """End with an error; what was not taken is dropped. Complete output stays valid."""
-        if self._ending is not None:
-            self.settle()
-            return
-        self._error = RequestError(code, message)
-        self._token_ids.clear()
-        self._text.clear()
-        self.ready.set()
-
-    def settle(self) -> None:
-        """Give up waiting for the engine's numbers."""
-        if self._usage is None:
-            self._usage = EngineUsage()
-            self.ready.set()
-
-    def take(self) -> Chunk | None:
-        """What is new, or None. Raises RequestError if the stream failed."""
-        if self._error is not None:
-            raise self._error
-        token_ids, self._token_ids = self._token_ids, []
-        ending = None if self._is_ending_taken else self._ending
-        if not token_ids and ending is None and self._usage is None:
-            return None
-        if self._stop_strings is None:
-            self._text.append(self._decode(token_ids))
-            if ending is not None and self._detokenizer is not None:
-                self._text.append(self._detokenizer.flush())
-        text = "".join(self._text)
-        self._text.clear()
-        self._is_ending_taken = self._ending is not None
-        return Chunk(token_ids, text, ending, self._usage)
-
-    def _push_matching(self, token_ids: Sequence[int], stop_strings: StopStrings) -> int | None:
-        for token_id in token_ids:
-            self._token_ids.append(token_id)
-            self.num_output_tokens += 1
-            text, found = stop_strings.feed(self._decode([token_id]))
-            self._text.append(text)
-            if found is not None:
-                self._ending = Ending(pb.FINISH_REASON_STOP, stop_string=found)
-                return self.num_output_tokens
-        return self._check_buffer()
-
-    def _check_buffer(self) -> int | None:
+        if choice.push(token_ids, logprobs):
+            self._running.discard(branch)
+            return choice.num_output_tokens
         limit = self._max_buffered_tokens
-        if limit is None or len(self._token_ids) <= limit:
+        if limit is None or choice.num_buffered_tokens <= limit:
             return None
         self.fail(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -178,28 +119,72 @@ class OutputStream:
         )
         return 0
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        if self._detokenizer is None or not token_ids:
-            return ""
-        # A stop token ends the request, so it can only be the last.
-        if token_ids[-1] in self._stop_token_ids:
-            token_ids = token_ids[:-1]
-        return self._detokenizer.feed(token_ids)
+    def finish(self, finish: engine_pb.Finish) -> None:
+        """The engine's end of a branch; its last tokens were pushed before."""
+        is_over = finish.HasField("blocks")
+        if is_over:
+            self._running.clear()
+        self._running.discard(finish.branch)
+        if self._error is not None:
+            return
+        if finish.reason == engine_pb.FINISH_REASON_ERROR:
+            message = finish.error_message or "the request failed"
+            self._end(RequestError(grpc.StatusCode.INTERNAL, message))
+            return
+        self._choices[finish.branch].finish(finish)
+        # Beams are preempted together, samples one by one.
+        others = 0 if self._is_beam else self._num_preemptions
+        self._num_preemptions = others + finish.num_preemptions
+        if is_over:
+            self._usage = EngineUsage(
+                finish.num_cached_tokens, self._num_preemptions, finish.blocks
+            )
+        self.ready.set()
 
-    def _end_text(self) -> Ending | None:
-        """Release text that was held back; even that can complete a stop string."""
-        if self._stop_strings is None or self._detokenizer is None:
+    def fail(self, code: grpc.StatusCode, message: str) -> None:
+        """The engine does not work on it any more: refused, lost, or about to be told to abort.
+
+        What was not taken is dropped, but complete output stays valid.
+        """
+        self._running.clear()
+        self._end(RequestError(code, message))
+
+    def settle(self) -> None:
+        """Give up waiting for the engine's numbers."""
+        if self._usage is None:
+            self._usage = EngineUsage()
+            self.ready.set()
+
+    def take(self) -> Output | None:
+        """What is new, or None. Raises RequestError if the stream failed."""
+        if self._error is not None:
+            raise self._error
+        chunks = [chunk for choice in self._choices if (chunk := choice.take()) is not None]
+        if not chunks and self._usage is None:
             return None
-        text, found = self._stop_strings.feed(self._detokenizer.flush())
-        self._text.append(text)
-        if found is not None:
-            return Ending(pb.FINISH_REASON_STOP, stop_string=found)
-        self._text.append(self._stop_strings.flush())
-        return None
+        return Output(chunks, self._usage)
+
+    def _end(self, error: RequestError) -> None:
+        if all(choice.has_ended for choice in self._choices):
+            self.settle()
+            return
+        self._error = error
+        for choice in self._choices:
+            choice.drop()
+        self.ready.set()
 
 
-def _ending_of(finish: engine_pb.Finish) -> Ending:
-    if finish.reason == engine_pb.FINISH_REASON_LENGTH:
-        return Ending(pb.FINISH_REASON_LENGTH)
-    has_token = finish.HasField("stop_token_id")
-    return Ending(pb.FINISH_REASON_STOP, finish.stop_token_id if has_token else None)
+def _choices(options: OutputOptions) -> list[ChoiceOutput]:
+    stop_token_ids = frozenset(options.stop_token_ids)
+    stop_strings = StopStrings(options.stop_strings) if options.stop_strings else None
+    vocabulary = options.vocabulary
+    return [
+        ChoiceOutput(
+            index,
+            stop_token_ids,
+            None if vocabulary is None else new_detokenizer(vocabulary),
+            None if stop_strings is None else stop_strings.fresh(),
+            is_beam=options.is_beam,
+        )
+        for index in range(options.num_choices)
+    ]

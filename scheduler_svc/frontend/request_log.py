@@ -6,6 +6,8 @@ import logging
 import time
 
 from blockyard.common.logs import event
+from blockyard.v1 import generate_pb2 as pb
+from scheduler_svc.frontend.choice_output import Ending
 from scheduler_svc.frontend.output_stream import OutputStream
 
 log = logging.getLogger(__name__)
@@ -19,8 +21,13 @@ class RequestRecord:
         self.request_id = ""
         self.num_prompt_tokens = 0
         self.seed = 0
-        self.finish_reason = ""
         self.status = "OK"
+        self._finish_reasons: set[str] = set()
+
+    def note_ending(self, ending: Ending) -> None:
+        """A choice ended so."""
+        reason = pb.FinishReason.Name(ending.reason).removeprefix("FINISH_REASON_")
+        self._finish_reasons.add(reason)
 
     def write(self, stream: OutputStream | None) -> None:
         """Log the line; `stream` is None if the request was refused before it had one."""
@@ -30,8 +37,10 @@ class RequestRecord:
             "prompt_tokens": self.num_prompt_tokens,
             "output_tokens": stream.num_output_tokens if stream else 0,
         }
-        if self.finish_reason:
-            fields["finish_reason"] = self.finish_reason
+        if stream is not None and stream.num_choices > 1:
+            fields["choices"] = stream.num_choices
+        if self._finish_reasons:
+            fields["finish_reason"] = ",".join(sorted(self._finish_reasons))
         if stream is not None and stream.first_token_ns is not None:
             fields["ttft_ms"] = round((stream.first_token_ns - self._start_ns) / 1e6, 1)
         fields["duration_ms"] = round((time.monotonic_ns() - self._start_ns) / 1e6, 1)

@@ -7,11 +7,13 @@ beginning of a stop string. Matching is Knuth-Morris-Pratt: constant cost per ch
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 
 class StopStrings:
-    """The stop strings of one request."""
+    """The stop strings of a request, looked for in one text."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         """`strings` are not empty."""
@@ -22,6 +24,13 @@ class StopStrings:
         self._first_characters = frozenset(string[0] for string in self._strings)
         self._matched = [0] * len(self._strings)
         self._held = ""
+
+    def fresh(self) -> Self:
+        """The same strings for another text; costs nothing but the state of the search."""
+        other = copy.copy(self)
+        other._matched = [0] * len(self._strings)
+        other._held = ""
+        return other
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """Take new text. Returns the text that may be delivered and the stop string found, if any.

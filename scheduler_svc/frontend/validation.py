@@ -14,15 +14,26 @@ from typing import Final, Literal
 
 import grpc
 
-from blockyard.common.model_dir import SamplingDefaults
+from blockyard.common.model_dir import ModelDir, SamplingDefaults
+from blockyard.engine.v1 import engine_pb2 as engine_pb
 from blockyard.v1 import generate_pb2 as pb
 
 MAX_REQUEST_ID_CHARACTERS: Final = 128
+MAX_BEAM_WIDTH: Final = 32
+MAX_LOGPROB_CANDIDATES: Final = 20
+MAX_CACHE_SALT_BYTES: Final = 64
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_TOKEN_IDS: Final = 256
 MAX_TEMPERATURE: Final = 100.0
 SEED_BITS: Final = 63
 ROLES: Final = frozenset({"system", "user", "assistant"})
+
+_EARLY_STOPPING: Final = {
+    pb.EARLY_STOPPING_UNSPECIFIED: engine_pb.EARLY_STOPPING_HEURISTIC,
+    pb.EARLY_STOPPING_HEURISTIC: engine_pb.EARLY_STOPPING_HEURISTIC,
+    pb.EARLY_STOPPING_AT_WIDTH: engine_pb.EARLY_STOPPING_AT_WIDTH,
+    pb.EARLY_STOPPING_NEVER: engine_pb.EARLY_STOPPING_NEVER,
+}
 
 
 class RequestError(Exception):
@@ -53,9 +64,42 @@ class Stopping:
     token_ids: tuple[int, ...]  # with the model's end-of-sequence ids unless ignored
 
 
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """How many outputs, and how they come about."""
+
+    num_choices: int
+    beam: engine_pb.BeamSearch | None  # None: independent samples
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """All of a request but its input, checked and resolved."""
+
+    sampling: Sampling
+    stopping: Stopping
+    choices: Choices
+    num_logprobs: int  # with each token: 0 none, 1 + k: its own and the k likeliest
+    cache: pb.PrefixCache
+
+
 def invalid(message: str) -> RequestError:
     """An INVALID_ARGUMENT error; the message names the field."""
     return RequestError(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+def check(request: pb.GenerateRequest, model: ModelDir, max_branches: int) -> Wanted:
+    """Everything but the request id and the prompt's length. Raises RequestError."""
+    check_input(request, model.vocab_size)
+    choices = check_choices(request, max_branches)
+    if choices.beam is None:
+        sampling = check_sampling(request.sampling, model.sampling_defaults)
+    else:
+        sampling = check_beam_sampling(request.sampling)
+    stopping = check_stopping(request, model.eos_token_ids, model.vocab_size)
+    num_logprobs = check_logprobs(request)
+    check_cache(request.cache)
+    return Wanted(sampling, stopping, choices, num_logprobs, request.cache)
 
 
 def check_request_id(request: pb.GenerateRequest) -> str:
@@ -99,8 +143,52 @@ def check_sampling(params: pb.SamplingParams, defaults: SamplingDefaults) -> Sam
         top_k=params.top_k if params.HasField("top_k") else defaults.top_k,
         top_p=top_p,
         min_p=min_p,
-        seed=params.seed if params.HasField("seed") else secrets.randbits(SEED_BITS),
+        seed=_seed(params),
     )
+
+
+def check_beam_sampling(params: pb.SamplingParams) -> Sampling:
+    """Beam search draws nothing, so nothing may say how. Raises RequestError."""
+    if params.temperature != 0:
+        raise invalid(f"sampling.temperature must be 0 or not set with beam: {params.temperature}")
+    for field in ("top_k", "top_p", "min_p"):
+        if params.HasField(field):
+            raise invalid(f"sampling.{field} must not be set with beam")
+    return Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=_seed(params))
+
+
+def check_choices(request: pb.GenerateRequest, max_branches: int) -> Choices:
+    """Samples or beams, within what the engine runs for one request. Raises RequestError."""
+    if request.HasField("beam"):
+        if request.num_samples:
+            raise invalid("num_samples and beam exclude each other")
+        beam = _check_beam(request.beam, max_branches)
+        return Choices(beam.num_returned, beam)
+    if request.num_samples > max_branches:
+        raise invalid(f"num_samples is {request.num_samples}, limit {max_branches}")
+    return Choices(max(1, request.num_samples), None)
+
+
+def check_logprobs(request: pb.GenerateRequest) -> int:
+    """`Wanted.num_logprobs`. Raises RequestError."""
+    if not request.HasField("logprobs"):
+        return 0
+    num_candidates = request.logprobs.num_candidates
+    if num_candidates > MAX_LOGPROB_CANDIDATES:
+        raise invalid(
+            f"logprobs.num_candidates is {num_candidates}, limit {MAX_LOGPROB_CANDIDATES}"
+        )
+    if num_candidates and request.HasField("beam"):
+        raise invalid(f"logprobs.num_candidates must be 0 with beam: {num_candidates}")
+    return 1 + num_candidates
+
+
+def check_cache(cache: pb.PrefixCache) -> None:
+    """With whom the prompt's KV may be shared. Raises RequestError."""
+    if len(cache.salt) > MAX_CACHE_SALT_BYTES:
+        raise invalid(f"cache.salt has {len(cache.salt)} bytes, limit {MAX_CACHE_SALT_BYTES}")
+    if cache.salt and cache.off:
+        raise invalid("cache.salt and cache.off exclude each other")
 
 
 def check_stopping(
@@ -141,6 +229,31 @@ def check_length(num_prompt_tokens: int, max_tokens: int, max_model_len: int) ->
             f"prompt ({num_prompt_tokens} tokens) + stop.max_tokens ({max_tokens}) = "
             f"{num_prompt_tokens + max_tokens}, more than the {max_model_len} that fit"
         )
+
+
+def _check_beam(beam: pb.BeamSearch, max_branches: int) -> engine_pb.BeamSearch:
+    widest = min(MAX_BEAM_WIDTH, max_branches)
+    if not 1 <= beam.width <= widest:
+        raise invalid(f"beam.width must be 1 to {widest}: {beam.width}")
+    if beam.num_choices > beam.width:
+        raise invalid(
+            f"beam.num_choices is {beam.num_choices}, more than beam.width ({beam.width})"
+        )
+    length_penalty = beam.length_penalty if beam.HasField("length_penalty") else 1.0
+    if not math.isfinite(length_penalty):
+        raise invalid(f"beam.length_penalty must be finite: {length_penalty}")
+    if beam.early_stopping not in _EARLY_STOPPING:
+        raise invalid(f"beam.early_stopping has no value {beam.early_stopping}")
+    return engine_pb.BeamSearch(
+        width=beam.width,
+        num_returned=max(1, beam.num_choices),
+        length_penalty=length_penalty,
+        early_stopping=_EARLY_STOPPING[beam.early_stopping],
+    )
+
+
+def _seed(params: pb.SamplingParams) -> int:
+    return params.seed if params.HasField("seed") else secrets.randbits(SEED_BITS)
 
 
 def _set_or(

@@ -7,7 +7,45 @@ import socket
 
 import pytest
 
-from blockyard.common.listen_address import ListenError, claim, socket_path
+from blockyard.common.listen_address import (
+    ListenError,
+    claim,
+    host_port_or_off,
+    is_answered,
+    socket_path,
+    split_host_port,
+)
+
+
+@pytest.mark.parametrize(
+    "address", ["", "9464", ":9464", "host", "host:", "host:x", "host:-1", "host:65536", "host:²"]
+)
+def test_what_is_not_host_port(address: str) -> None:
+    with pytest.raises(ValueError, match="is not host:port"):
+        split_host_port(address)
+
+
+def test_host_port() -> None:
+    assert split_host_port("127.0.0.1:0") == ("127.0.0.1", 0)
+    assert split_host_port("[::1]:65535") == ("::1", 65535)
+
+
+def test_an_optional_address_may_be_empty_but_not_malformed() -> None:
+    assert host_port_or_off("") == ""
+    assert host_port_or_off("localhost:1") == "localhost:1"
+    with pytest.raises(ValueError, match="'9464' is not host:port"):
+        host_port_or_off("9464")
+
+
+def test_only_a_listening_socket_answers(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "s"
+    assert not is_answered(path)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+        assert not is_answered(path)
+        bound.listen()
+        assert is_answered(path)
+    assert not is_answered(path)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -117,6 +118,16 @@ async def test_a_taken_port_is_a_configuration_error(server: LocalServer, model:
         async with LocalServer(_settings(model, listen=server.address)):
             pass
     assert caught.value.exit_code == 2
+
+
+async def test_a_taken_metrics_port_is_a_configuration_error(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        settings = _settings(model).model_copy(update={"metrics_address": address})
+        with pytest.raises(ServeError, match=rf"{address}.*choose another --metrics-address") as it:
+            async with LocalServer(settings):
+                pass
+    assert it.value.exit_code == 2
 
 
 async def test_memory_too_small_is_a_configuration_error(model: Path) -> None:

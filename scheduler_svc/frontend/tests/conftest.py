@@ -20,6 +20,7 @@ from scheduler_svc.frontend.tests.fake_engine import FakeEngine, unix_address
 from scheduler_svc.frontend.tests.models import write_model_dir
 
 MAX_MODEL_LEN = 100
+MAX_BRANCHES = 8
 
 
 @dataclass
@@ -35,7 +36,9 @@ class Service:
 
 def engine_state(**changes: object) -> engine_pb2.EngineState:
     fields = {"ready": True, "model_name": "tiny", "model_digest": "d1"}
-    state = engine_pb2.EngineState(max_model_len=MAX_MODEL_LEN, vocab_size=400, block_size=16)
+    state = engine_pb2.EngineState(
+        max_model_len=MAX_MODEL_LEN, vocab_size=400, block_size=16, max_branches=MAX_BRANCHES
+    )
     for name, value in (fields | changes).items():
         setattr(state, name, value)
     return state

@@ -13,6 +13,7 @@ import pytest
 
 from blockyard.engine.v1 import engine_pb2
 from blockyard.v1 import generate_pb2 as pb
+from scheduler_svc.frontend.fanout import Stop
 from scheduler_svc.frontend.tests.calls import expect_status, first_of, messages_of, until
 from scheduler_svc.frontend.tests.conftest import MAX_MODEL_LEN, Service, engine_state
 from scheduler_svc.frontend.tests.fake_engine import finished
@@ -125,7 +126,7 @@ async def test_stop_string_across_tokens_cuts_text_ids_and_usage(service: Servic
     await service.engine.send_tokens(submit.request_id, output)
     messages = [await first_of(call)]
     assert messages[0].finish_reason == pb.FINISH_REASON_STOP
-    assert await service.engine.next_stop() == (submit.request_id, 5)
+    assert await service.engine.next_stop() == Stop(submit.request_id, 5)
     # The engine may have produced more meanwhile.
     await service.engine.send_tokens(submit.request_id, [60], finished("STOP", 3))
     messages += await messages_of(call)
@@ -153,7 +154,7 @@ async def test_cancel_aborts_at_the_engine(service: Service) -> None:
     await first_of(call)
     begin = time.monotonic()
     call.cancel()
-    assert await service.engine.next_stop() == (submit.request_id, 0)
+    assert await service.engine.next_stop() == Stop(submit.request_id)
     assert time.monotonic() - begin < 0.5
 
 
@@ -165,7 +166,7 @@ async def test_deadline_reaches_the_engine_and_aborts(
     submit, _ = await service.engine.next_submit()
     assert 0 < submit.deadline_unix_ns - time.time_ns() < 0.31e9
     await expect_status(messages_of(call), grpc.StatusCode.DEADLINE_EXCEEDED, "")
-    assert await service.engine.next_stop() == (submit.request_id, 0)
+    assert await service.engine.next_stop() == Stop(submit.request_id)
     await until(lambda: any(r.getMessage() == "request" for r in caplog.records))
     (record,) = [r for r in caplog.records if r.getMessage() == "request"]
     assert vars(record)["fields"]["status"] == "DEADLINE_EXCEEDED"
@@ -229,7 +230,7 @@ async def test_slow_reader_fails_alone(service: Service) -> None:
         stop = asyncio.create_task(service.engine.next_stop())
         while not stop.done():
             await service.engine.send_tokens(slow_key, [50] * 100)
-        assert await stop == (slow_key, 0)
+        assert await stop == Stop(slow_key)
         await expect_status(messages_of(slow), grpc.StatusCode.RESOURCE_EXHAUSTED, "256 tokens")
     await service.engine.send_tokens(fast_key, [51], finished("LENGTH"))
     assert [list(m.token_ids) for m in await messages_of(fast)] == [[51]]

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from blockyard.common import model_dir
 from blockyard.common.protocol import ENGINE_PROTOCOL_VERSION
 from blockyard.v1 import generate_pb2 as pb
+from scheduler_svc.frontend.fanout import Stop
 from scheduler_svc.frontend.lifecycle import Frontend
 from scheduler_svc.frontend.tests.calls import expect_status, messages_of, until
 from scheduler_svc.frontend.tests.conftest import Service, engine_state, frontend_settings
@@ -143,5 +144,5 @@ async def test_submits_of_one_tick_share_a_frame(service: Service) -> None:
     for call in calls:
         call.cancel()
     stops = {await service.engine.next_stop() for _ in calls}
-    assert stops == {(key, 0) for key in keys}
+    assert stops == {Stop(key) for key in keys}
     await asyncio.sleep(0)

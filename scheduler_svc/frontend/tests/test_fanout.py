@@ -7,21 +7,26 @@ import pytest
 
 from blockyard.engine.v1 import engine_pb2 as pb
 from scheduler_svc.frontend import flush_policy
-from scheduler_svc.frontend.fanout import Fanout
+from scheduler_svc.frontend.choice_output import Chunk
+from scheduler_svc.frontend.fanout import Fanout, Stop
 from scheduler_svc.frontend.flush_policy import FlushPolicy
 from scheduler_svc.frontend.loop_lag import LoopLag
-from scheduler_svc.frontend.output_stream import Chunk, OutputStream
+from scheduler_svc.frontend.output_stream import OutputOptions, OutputStream
 from scheduler_svc.frontend.tests.fake_engine import finished
 from scheduler_svc.frontend.validation import RequestError
 
 
 def open_stream(fanout: Fanout, max_buffered_tokens: int | None = 100) -> OutputStream:
-    return fanout.open([], None, None, max_buffered_tokens)
+    options = OutputOptions(
+        max_buffered_tokens=max_buffered_tokens, is_streamed=max_buffered_tokens is not None
+    )
+    return fanout.open(options)
 
 
 def taken(stream: OutputStream) -> Chunk:
-    chunk = stream.take()
-    assert chunk is not None
+    output = stream.take()
+    assert output is not None
+    (chunk,) = output.chunks
     return chunk
 
 
@@ -39,7 +44,7 @@ async def test_one_token_each_and_counted_columns() -> None:
 async def test_unknown_and_closed_requests_are_ignored() -> None:
     fanout = Fanout(LoopLag())
     stream = open_stream(fanout)
-    assert fanout.close(stream) == [(stream.key, 0)]
+    assert fanout.close(stream) == [Stop(stream.key)]
     finish = finished("LENGTH")
     finish.request_id = stream.key
     batch = pb.OutputBatch(request_ids=[stream.key], token_ids=[7], finishes=[finish])
@@ -107,7 +112,7 @@ async def test_full_buffer_fails_one_stream_and_aborts_it() -> None:
     batch.token_ids.extend([1, 1, 1, 2])
     assert fanout.apply(batch) == []
     assert taken(other).token_ids == [2]
-    assert fanout.apply(batch) == [(slow.key, 0)]
+    assert fanout.apply(batch) == [Stop(slow.key)]
     with pytest.raises(RequestError, match="too slowly") as caught:
         slow.take()
     assert caught.value.code == grpc.StatusCode.RESOURCE_EXHAUSTED

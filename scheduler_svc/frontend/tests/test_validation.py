@@ -7,11 +7,13 @@ import grpc
 import pytest
 
 from blockyard.common.model_dir import SamplingDefaults
+from blockyard.engine.v1 import engine_pb2
 from blockyard.v1 import generate_pb2 as pb
 from scheduler_svc.frontend import validation
 from scheduler_svc.frontend.validation import RequestError
 
 VOCAB_SIZE = 50
+MAX_BRANCHES = 16
 DEFAULTS = SamplingDefaults(temperature=0.5, top_k=7, top_p=0.25, min_p=0.125)
 
 
@@ -144,3 +146,116 @@ def test_request_id_is_kept_or_made() -> None:
     made = {validation.check_request_id(pb.GenerateRequest()) for _ in range(2)}
     assert len(made) == 2
     assert all(made)
+
+
+def beam(width: int = 4, **fields: Any) -> dict[str, Any]:
+    return {"beam": pb.BeamSearch(width=width, **fields)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_samples": 17}, "num_samples is 17, limit 16"),
+        ({"num_samples": 2**32 - 1}, "num_samples is 4294967295, limit 16"),
+        ({"num_samples": 2, **beam()}, "num_samples and beam exclude each other"),
+        ({"num_samples": 1, **beam()}, "num_samples and beam exclude each other"),
+        (beam(0), "beam.width must be 1 to 16: 0"),
+        (beam(17), "beam.width must be 1 to 16: 17"),
+        (beam(2**32 - 1), "beam.width must be 1 to 16"),
+        (beam(4, num_choices=5), r"beam.num_choices is 5, more than beam.width \(4\)"),
+        (beam(length_penalty=math.nan), "beam.length_penalty must be finite: nan"),
+        (beam(length_penalty=math.inf), "beam.length_penalty must be finite: inf"),
+        (beam(length_penalty=-math.inf), "beam.length_penalty must be finite: -inf"),
+        (beam(early_stopping=9), "beam.early_stopping has no value 9"),
+    ],
+)
+def test_bad_choices(fields: dict[str, Any], message: str) -> None:
+    expect_invalid(message, validation.check_choices, pb.GenerateRequest(**fields), MAX_BRANCHES)
+
+
+def test_beam_width_has_a_limit_of_its_own() -> None:
+    validation.check_choices(pb.GenerateRequest(**beam(32)), 128)
+    request = pb.GenerateRequest(**beam(33))
+    expect_invalid("beam.width must be 1 to 32: 33", validation.check_choices, request, 128)
+
+
+def test_good_choices() -> None:
+    for num_samples, num_choices in ((0, 1), (1, 1), (16, 16)):
+        request = pb.GenerateRequest(num_samples=num_samples)
+        choices = validation.check_choices(request, MAX_BRANCHES)
+        assert (choices.num_choices, choices.beam) == (num_choices, None)
+    choices = validation.check_choices(pb.GenerateRequest(**beam(4)), MAX_BRANCHES)
+    assert choices.num_choices == 1
+    assert choices.beam == engine_pb2.BeamSearch(
+        width=4,
+        num_returned=1,
+        length_penalty=1,
+        early_stopping=engine_pb2.EARLY_STOPPING_HEURISTIC,
+    )
+    never = beam(4, num_choices=3, length_penalty=0, early_stopping=pb.EARLY_STOPPING_NEVER)
+    choices = validation.check_choices(pb.GenerateRequest(**never), MAX_BRANCHES)
+    assert choices.num_choices == 3
+    assert choices.beam == engine_pb2.BeamSearch(
+        width=4, num_returned=3, early_stopping=engine_pb2.EARLY_STOPPING_NEVER
+    )
+
+
+@pytest.mark.parametrize("name", pb.EarlyStopping.keys())
+def test_early_stopping_keeps_its_name(name: str) -> None:
+    request = pb.GenerateRequest(**beam(early_stopping=pb.EarlyStopping.Value(name)))
+    found = validation.check_choices(request, MAX_BRANCHES).beam
+    expected = "EARLY_STOPPING_HEURISTIC" if name == "EARLY_STOPPING_UNSPECIFIED" else name
+    assert found is not None
+    assert engine_pb2.EarlyStopping.Name(found.early_stopping) == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"temperature": 0.5}, {"temperature": math.nan}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.1}],
+)
+def test_beams_refuse_sampling(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    params = pb.SamplingParams(**fields)
+    expect_invalid(f"sampling.{name} .*beam", validation.check_beam_sampling, params)
+
+
+def test_beams_are_greedy_whatever_the_models_defaults() -> None:
+    for params in (pb.SamplingParams(seed=3), pb.SamplingParams(temperature=0, seed=3)):
+        sampling = validation.check_beam_sampling(params)
+        assert sampling == validation.Sampling(0.0, 0, 1.0, 0.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"logprobs": pb.Logprobs(num_candidates=21)}, "logprobs.num_candidates is 21, limit 20"),
+        (
+            {"logprobs": pb.Logprobs(num_candidates=2**32 - 1)},
+            "logprobs.num_candidates is 4294967295, limit 20",
+        ),
+        (
+            {"logprobs": pb.Logprobs(num_candidates=1), **beam()},
+            "logprobs.num_candidates must be 0 with beam: 1",
+        ),
+    ],
+)
+def test_bad_logprobs(fields: dict[str, Any], message: str) -> None:
+    expect_invalid(message, validation.check_logprobs, pb.GenerateRequest(**fields))
+
+
+def test_logprobs_count_the_tokens_own() -> None:
+    assert validation.check_logprobs(pb.GenerateRequest()) == 0
+    for num_candidates in (0, 20):
+        request = pb.GenerateRequest(logprobs=pb.Logprobs(num_candidates=num_candidates))
+        assert validation.check_logprobs(request) == 1 + num_candidates
+    request = pb.GenerateRequest(logprobs=pb.Logprobs(), **beam())
+    assert validation.check_logprobs(request) == 1
+
+
+def test_cache_salts() -> None:
+    validation.check_cache(pb.PrefixCache(salt=b"x" * 64))
+    validation.check_cache(pb.PrefixCache(off=True))
+    long = pb.PrefixCache(salt=b"x" * 65)
+    expect_invalid("cache.salt has 65 bytes, limit 64", validation.check_cache, long)
+    both = pb.PrefixCache(salt=b"x", off=True)
+    expect_invalid("cache.salt and cache.off exclude", validation.check_cache, both)

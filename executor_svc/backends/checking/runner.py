@@ -2,11 +2,12 @@
 
 Its KV is a digest of token and position per slot; its model reads the digests of all positions
 through the block table and derives the next token from them (digests.py). A block freed too early,
-a wrong swap, a stale prefix hit, a missed append: each changes the output, and reference.py tells.
+a wrong swap, a stale prefix hit, a missed append: each changes the output.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
@@ -16,6 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from blockyard.executor.v1 import executor_pb2 as pb
+from executor_svc.backends.checking.digests import (
+    POISON,
+    Sampling,
+    U64Array,
+    candidates,
+    next_tokens,
+    position_contexts,
+    position_weights,
+    token_digests,
+    token_logprob,
+)
 from executor_svc.plan import Pairs, Plan
 from executor_svc.row_state import RowState, ranges
 from executor_svc.runner import (
@@ -27,17 +39,9 @@ from executor_svc.runner import (
     StepBatch,
     StepOutputs,
 )
-from integration_tests.digests import (
-    POISON,
-    Sampling,
-    U64Array,
-    candidates,
-    next_tokens,
-    position_contexts,
-    position_weights,
-    token_digests,
-    token_logprob,
-)
+
+DEVICE: Final = "fake"
+"""What a runner that checks content calls its device."""
 
 _NS_PER_S: Final = 1_000_000_000
 
@@ -64,7 +68,7 @@ def fake_info(
         max_rows=max_rows,
         max_num_batched_tokens=max_num_batched_tokens,
         block_bytes=8 * block_size,
-        device="fake",
+        device=DEVICE,
     )
 
 
@@ -101,8 +105,10 @@ class FakeRunner:
 
     def __init__(self, info: RunnerInfo, options: FakeOptions | None = None) -> None:
         """Make pools of the sizes in `info`, all poisoned."""
-        self._info = info
         self._options = options or FakeOptions()
+        if not self._options.check_content:
+            info = dataclasses.replace(info, device=f"{DEVICE}, no KV")
+        self._info = info
         self._random = np.random.default_rng(self._options.order_seed)
         self._weights = position_weights(np.arange(info.max_model_len))  # [max_model_len]
         self._device = np.empty((info.num_device_blocks, info.block_size), np.uint64)

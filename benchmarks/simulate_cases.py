@@ -1,0 +1,67 @@
+"""What the studies by simulation share: traces, setups, and curves to look at."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from benchmarks.report import RESULTS_DIR, ROOT
+from blockyard.simulate.device import DEFAULT_PROFILE, DeviceProfile, load_profile
+from blockyard.simulate.generator import generate
+from blockyard.simulate.plot import load_pyplot
+from blockyard.simulate.trace import Trace
+from blockyard.simulate.trace_files import read_trace
+
+PROFILE: Final[DeviceProfile] = load_profile(DEFAULT_PROFILE)
+KV_GIB: Final = 54.0
+"""What is left for KV of 80 GB beside 16 GB of weights, with room for activations."""
+
+_FILES: Final = {
+    "azure": ROOT / "traces" / "azure_conv_2023.csv",
+    "mooncake": ROOT / "traces" / "mooncake_conversation.jsonl",
+}
+_GENERATED: Final = {"azure": 19_366, "mooncake": 2000}
+
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""Label -> x and y values."""
+
+
+def parser(description: str | None, *kinds: str) -> argparse.ArgumentParser:
+    """Flags of a study over traces of these kinds: their paths, and --plot."""
+    flags = argparse.ArgumentParser(description=description)
+    for kind in kinds:
+        text = "trace file; without it one with the same statistics is generated"
+        flags.add_argument(f"--{kind}", type=pathlib.Path, default=_FILES[kind], help=text)
+    flags.add_argument("--plot", action="store_true", help="also draw; needs matplotlib")
+    return flags
+
+
+def load(kind: str, flags: argparse.Namespace) -> Trace:
+    """The trace that --KIND names or, if the default file is not there, a generated one."""
+    path: pathlib.Path = getattr(flags, kind)
+    if path == _FILES[kind] and not path.exists():
+        return generate(kind, _GENERATED[kind], seed=0)
+    return read_trace(path, kind)
+
+
+def draw(name: str, panels: Mapping[str, Curves], x_label: str, y_label: str) -> None:
+    """Write results/NAME.svg: one panel of curves beside the other, x logarithmic."""
+    pyplot: Any = load_pyplot()
+    figure, grid = pyplot.subplots(
+        1, len(panels), sharey=True, squeeze=False, figsize=(4.2 * len(panels), 3.2)
+    )
+    for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
+        for label, (x, y) in curves.items():
+            axes.plot(x, y, marker="o", markersize=3, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel(x_label)
+        axes.grid(alpha=0.3)
+    grid[0, 0].set_ylabel(y_label)
+    grid[0, -1].legend(fontsize="small")
+    figure.tight_layout()
+    path = RESULTS_DIR / f"{name}.svg"
+    figure.savefig(path)
+    print(f"drawn: {path.relative_to(ROOT)}", flush=True)

@@ -1,0 +1,1 @@
+"""The scheduler on a virtual clock: a trace, a device that is a cost model, and no I/O."""

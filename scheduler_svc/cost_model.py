@@ -1,0 +1,30 @@
+"""What a step costs, as the executor fitted it from its own timings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """See CostModel in executor.proto. A price of zero is unknown."""
+
+    step_ns: float = 0.0
+    token_ns: float = 0.0
+    kv_bytes_per_s: float = 0.0
+    swap_bytes_per_s: float = 0.0
+
+    def step_time_ns(self, num_tokens: int, context_bytes: float, swapped_bytes: float) -> float:
+        """Predicted device time of one step.
+
+        Args:
+            num_tokens: scheduled in the step.
+            context_bytes: KV that its rows read, each row's whole context once.
+            swapped_bytes: moved between device and host, both ways.
+        """
+        total_ns = self.step_ns + self.token_ns * num_tokens
+        if self.kv_bytes_per_s:
+            total_ns += context_bytes / self.kv_bytes_per_s * 1e9
+        if self.swap_bytes_per_s:
+            total_ns += swapped_bytes / self.swap_bytes_per_s * 1e9
+        return total_ns

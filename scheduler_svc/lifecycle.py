@@ -1,0 +1,166 @@
+"""What becomes of requests: queued, preempted, ended. The state that planning and results share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from scheduler_svc.accounting import Counters
+from scheduler_svc.beam_group import BeamGroup
+from scheduler_svc.cost_model import CostModel
+from scheduler_svc.limits import Limits
+from scheduler_svc.policy import Policy, WaitingQueue, should_swap
+from scheduler_svc.prefix_cache import private_root_hash
+from scheduler_svc.request import Branch, Request, RequestStatus
+from scheduler_svc.residents import Residents
+from scheduler_svc.step_plan import Finished, TokenColumns
+
+
+class Lifecycle:
+    """Requests and their branches: the only place where a status changes but on entering a row."""
+
+    def __init__(self, limits: Limits, policy: Policy) -> None:
+        """Start with nothing."""
+        self.limits = limits
+        self.policy = policy
+        self.cost_model = CostModel()
+        self.counters = Counters()
+        self.waiting = WaitingQueue()
+        self.groups: dict[int, BeamGroup] = {}  # by request key: beam searches, in order of arrival
+        self.suspects: set[Branch] = set()  # with num_suspicions > 0
+        self.is_stop_token = np.zeros(limits.vocab_size, np.bool_)  # of any request so far
+        self.residents = Residents(limits, is_caching=policy.is_caching)
+
+    def begin_epoch(self, limits: Limits) -> None:
+        """Start over on an executor that holds nothing. Whoever ran is the caller's business."""
+        self.limits = limits
+        self.residents = Residents(limits, is_caching=self.policy.is_caching)
+
+    def rename_waiting(self) -> None:
+        """The block size changed: give the blocks of waiting branches their new names."""
+        for branch in self.waiting:
+            branch.block_hashes = []
+            if (group := self.groups.get(branch.request.key)) is not None:
+                group.forget_hashes()
+                group.lay_out(self.residents)
+            self.residents.hash_blocks(branch, len(branch.token_ids))
+
+    # ---- into the queue
+
+    def submit(self, request: Request) -> None:
+        """Queue a request that the limits can hold."""
+        assert request.num_prompt_tokens < request.max_total_tokens <= self.limits.max_total_tokens
+        self.is_stop_token[list(request.stop_token_ids)] = True
+        self.counters.num_prompt_tokens += request.num_prompt_tokens
+        if not self.policy.is_caching:
+            request.cache_root = private_root_hash(request.key)
+        if request.beam is not None:
+            self.groups[request.key] = BeamGroup(request)
+        self.queue(request.branches[0])
+
+    def queue(self, branch: Branch) -> None:
+        """Put a waiting branch, or the leader of a waiting beam search, into the queue."""
+        if (group := self.groups.get(branch.request.key)) is not None:
+            group.lay_out(self.residents)
+        self.residents.hash_blocks(branch, len(branch.token_ids))
+        self.waiting.push(branch)
+
+    def preempt(self, victim: Branch) -> None:
+        """Send a running branch, or the whole beam search it is of, back to the queue.
+
+        Its KV is swapped out if that is the cheaper way to have it again, else recomputed.
+        """
+        group = self.groups.get(victim.request.key)
+        if group is not None:
+            group.settle()
+        branches = group.lanes if group is not None else [victim]
+        is_swapped = False
+        for branch in branches:
+            if group is None:
+                self.residents.detach(branch)
+            is_swapped |= self._swap_out(branch)
+            self.residents.release(branch)
+            branch.move_to(RequestStatus.WAITING)
+            branch.num_preemptions += 1
+        self.counters.num_preemptions_by_swap += is_swapped
+        self.counters.num_preemptions_by_recompute += not is_swapped
+        self.queue(branches[0])
+
+    def _swap_out(self, branch: Branch) -> bool:
+        """Copy what only this branch holds to the host, if that pays and there is room."""
+        kv, limits = self.residents.kv, self.limits
+        if not limits.num_host_blocks:
+            return False
+        hashes = self.residents.settle(branch)
+        num_blocks = len(kv.private_blocks(branch.row, hashes))
+        is_better = should_swap(
+            self.policy.preemption,
+            self.cost_model,
+            num_blocks,
+            limits.block_bytes,
+            limits.block_size,
+        )
+        if not num_blocks or not is_better or num_blocks > kv.host.num_free:
+            return False
+        kv.swap_out(branch.row, branch, hashes)
+        return True
+
+    def spawn(self, branch: Branch) -> None:
+        """Queue a sample that found no room beside its first one; it finds the prompt cached."""
+        branch.block_hashes = branch.request.branches[0].block_hashes.copy()
+        self.queue(branch)
+
+    # ---- out of it
+
+    def end(self, branch: Branch, status: RequestStatus, *, is_valid: bool = True) -> None:
+        """End a branch now; tokens still under way for it are dropped."""
+        if branch.status is RequestStatus.RUNNING:
+            self.residents.release(branch, is_valid=is_valid)
+        self.residents.kv.unpin(branch)
+        branch.move_to(status)
+        if branch.is_queued:
+            self.waiting.discard(branch)
+
+    def end_request(
+        self, request: Request, status: RequestStatus, *, is_valid: bool = True
+    ) -> None:
+        """End all branches of a request that have not ended."""
+        group = self.groups.pop(request.key, None)
+        if group is not None and group.leader.status is RequestStatus.RUNNING:
+            group.settle()
+        for branch in request.branches:
+            if not branch.status.is_finished:
+                self.end(branch, status, is_valid=is_valid)
+        self.counters.num_finished += 1
+
+    def end_branch(
+        self,
+        branch: Branch,
+        status: RequestStatus,
+        num_output_tokens: int,
+        stop_token_id: int | None = None,
+    ) -> Finished:
+        """End one sample, with so many output tokens."""
+        self.end(branch, status)
+        is_last = branch.request.is_finished
+        self.counters.num_finished += is_last
+        return Finished(
+            branch.request,
+            branch.index,
+            status,
+            num_output_tokens,
+            is_last=is_last,
+            stop_token_id=stop_token_id,
+        )
+
+    def fail(self, branch: Branch, message: str, tokens: TokenColumns) -> None:
+        """End a request with an error, for one of its branches failed."""
+        self.end_request(branch.request, RequestStatus.FINISHED_ERROR, is_valid=False)
+        tokens.finished.append(
+            Finished(
+                branch.request,
+                branch.index,
+                RequestStatus.FINISHED_ERROR,
+                len(branch.token_ids) - branch.request.num_prompt_tokens,
+                error_message=message,
+            )
+        )

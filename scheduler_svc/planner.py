@@ -1,0 +1,301 @@
+"""Deciding one step: who decodes, who prefills how much, who enters, who must give way."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from scheduler_svc.batch import BatchBuilder
+from scheduler_svc.beam_group import BeamGroup
+from scheduler_svc.kv_manager import CachedBlock
+from scheduler_svc.lifecycle import Lifecycle
+from scheduler_svc.policy import needs_reservation, pick_victim
+from scheduler_svc.request import Branch, RequestStatus, TokenIds
+from scheduler_svc.step_plan import NewRow, RowIds
+
+
+class Planner:
+    """Fills one batch; made anew for each plan."""
+
+    def __init__(self, life: Lifecycle, batch: BatchBuilder, now_ns: int) -> None:
+        """Plan into `batch`, which is empty."""
+        self._life = life
+        self._residents = life.residents
+        self._rows = life.residents.rows
+        self._kv = life.residents.kv
+        self._batch = batch
+        self._now_ns = now_ns
+        self._has_preempted = False
+        self._has_stalled = False
+
+    def fill(self) -> None:
+        """Decode rows come first, one token each; the rest of the token budget goes to prefills.
+
+        Oldest first, then to admissions.
+        """
+        self._plan_decodes()
+        for branch in list(self._residents.prefilling):
+            if self._batch.budget and branch.status is RequestStatus.RUNNING:
+                self._plan_prefill(branch)
+        # Who waits for blocks must get those that are freed, before anybody else enters.
+        if not (self._has_preempted or self._has_stalled):
+            self._admit()
+
+    # ---- decoding
+
+    def _plan_decodes(self) -> None:
+        rows = self._schedulable_decodes()
+        groups = [group for group in self._life.groups.values() if group.is_ready]
+        grown = rows[self._kv.full(rows, self._rows.num_planned[rows])]
+        num_missing = len(grown) + sum(g.num_blocks_needed(self._residents) for g in groups)
+        if num_missing > self._kv.pool.num_free:
+            rows = self._grow_under_pressure(rows, grown, groups)
+        else:
+            if len(grown):
+                self._batch.append_one_each(grown, self._kv.grow_by_one(grown))
+            for group in groups:
+                group.plan_step(self._residents, self._batch)
+        self._rows.num_planned[rows] += 1
+        self._batch.set_decodes(rows)
+
+    def _schedulable_decodes(self) -> RowIds:
+        """Decode rows whose foreseen length is not reached yet [n]."""
+        rows = self._residents.decoding
+        ready = self._rows.num_planned[rows] < self._rows.max_total_tokens[rows] - 1
+        return rows if ready.all() else rows[ready]
+
+    def _grow_under_pressure(self, rows: RowIds, grown: RowIds, groups: list[BeamGroup]) -> RowIds:
+        """Grow full rows and beam searches oldest first, preempting younger branches.
+
+        Who finds no victim sits this step out: whoever is older goes on and will finish. Returns
+        the rows that run.
+        """
+        stalled = set()
+        growing: list[Branch | BeamGroup] = [self._rows.resident(row) for row in grown]
+        growing += groups
+        for each in sorted(growing, key=lambda each: each.key):
+            if isinstance(each, BeamGroup):
+                if not each.is_ready:
+                    continue  # preempted for an older one just now
+                if self._make_room(each.leader, each.num_blocks_needed(self._residents)):
+                    each.plan_step(self._residents, self._batch)
+                else:
+                    self._has_stalled = True
+            elif each.status is RequestStatus.RUNNING:
+                if self._make_room(each, 1):
+                    self._batch.append_blocks(each.row, self._kv.grow_by_one(np.array([each.row])))
+                else:
+                    stalled.add(each.row)
+        self._has_stalled |= bool(stalled)
+        runs = [r for r in rows if self._rows.branches[r] is not None and r not in stalled]
+        return np.array(runs, np.int64)
+
+    def _make_room(self, branch: Branch, num_blocks: int) -> bool:
+        """Preempt until `num_blocks` are free; False if nobody is left to preempt."""
+        if self._kv.pool.num_free >= num_blocks:
+            return True
+        scheduled = self._batch.scheduled_rows()
+        while self._kv.pool.num_free < num_blocks:
+            candidates = (
+                other
+                for other in self._residents.running.values()
+                if not self._is_scheduled(other, scheduled)
+            )
+            victim = pick_victim(candidates, branch)
+            if victim is None:
+                return False
+            self._life.preempt(victim)
+            self._has_preempted = True
+        return True
+
+    def _is_scheduled(self, branch: Branch, scheduled: set[int]) -> bool:
+        """Whether it is in the batch already; of a beam search, whether any lane is."""
+        if branch.request.beam is None:
+            return branch.row in scheduled
+        return any(lane.row in scheduled for lane in branch.request.branches)
+
+    # ---- prefill
+
+    def _plan_prefill(self, branch: Branch) -> None:
+        """Schedule the next chunk of a row, as long as budget and free blocks allow."""
+        row, rows, kv = branch.row, self._rows, self._kv
+        is_new = not rows.is_known[row]
+        if is_new and not kv.num_blocks[row]:
+            self._adopt(branch)
+        start, end = int(rows.num_planned[row]), int(rows.num_tokens[row])
+        chunk = min(self._batch.budget, end - start)
+        if not self._make_room(branch, kv.missing(row, start + chunk)):
+            room = (int(kv.num_blocks[row]) + kv.pool.num_free) * kv.block_size
+            chunk = min(chunk, room - start)
+        if chunk <= 0:
+            self._has_stalled = True
+            return
+        new_block_ids = kv.grow(row, max(start + chunk, self._reserved_tokens(branch)))
+        if is_new:
+            token_ids = rows.tokens[row, start:end].copy()
+            self._begin_row(branch, start, token_ids)
+        elif len(new_block_ids):
+            self._batch.append_blocks(row, new_block_ids)
+        self._batch.add_prefill(row, chunk, samples=start + chunk == end)
+        rows.num_planned[row] = start + chunk
+        self._residents.name_blocks(branch, start + chunk)
+        if start + chunk == end:
+            self._end_prefill(branch)
+
+    def _begin_row(
+        self,
+        branch: Branch,
+        num_computed_tokens: int,
+        token_ids: TokenIds,
+        logits_from: int | None = None,
+    ) -> None:
+        """Tell the executor of a row."""
+        row = branch.row
+        self._rows.is_known[row] = True
+        self._batch.add_row(
+            NewRow(
+                row,
+                branch,
+                num_computed_tokens,
+                token_ids,
+                self._kv.table(row).copy(),
+                int(self._rows.num_candidates[row]),
+                logits_from,
+            )
+        )
+
+    def _adopt(self, branch: Branch) -> None:
+        """Start with what the prefix cache has."""
+        kv, counters, request = self._kv, self._life.counters, branch.request
+        found = kv.find(branch)
+        kv.adopt(branch.row, branch, found)
+        num_cached = len(found) * kv.block_size
+        self._rows.num_planned[branch.row] = num_cached
+        num_from_host = sum(block.is_on_host for block in found) * kv.block_size
+        counters.num_queried_tokens += len(branch.token_ids)
+        counters.num_hit_tokens_host += num_from_host
+        counters.num_hit_tokens_device += num_cached - num_from_host
+        if not request.first_admitted_ns:
+            request.first_admitted_ns = self._now_ns
+            request.num_cached_tokens = num_cached
+
+    def _end_prefill(self, branch: Branch) -> None:
+        self._residents.prefilling.remove(branch)
+        request = branch.request
+        if request.beam is not None:
+            return
+        self._residents.begin_decoding(branch)
+        if not request.is_spawned:
+            request.is_spawned = True
+            for sample in request.branches[1:]:
+                if not sample.status.is_finished:
+                    self._spawn(sample, branch)
+
+    def _spawn(self, sample: Branch, leader: Branch) -> None:
+        """Let a sample begin in this plan with the leader's blocks and logits, if it has room."""
+        kv, rows = self._kv, self._rows
+        num_tokens = leader.request.num_prompt_tokens
+        reserved = self._reserved_tokens(sample)
+        num_shared = num_tokens // kv.block_size
+        num_blocks = self._life.limits.blocks_for(max(num_tokens, reserved)) - num_shared
+        watermark = self._life.limits.watermark_blocks
+        if not rows.num_free or kv.num_unpromised - num_blocks < watermark:
+            self._life.spawn(sample)
+            return
+        sample.block_hashes = leader.block_hashes.copy()
+        row = self._residents.enter(sample, num_blocks, int(rows.num_candidates[leader.row]))
+        kv.fork(leader.row, sample, num_tokens, is_now=False)
+        kv.grow(row, reserved)
+        rows.num_planned[row] = num_tokens
+        self._begin_row(sample, num_tokens, np.empty(0, np.int32), logits_from=leader.row)
+        self._residents.begin_decoding(sample)
+
+    # ---- admission
+
+    def _admit(self) -> None:
+        """Let waiting branches in, in order, as far as rows, budget and blocks allow."""
+        policy, rows = self._life.policy, self._rows
+        if policy.is_static and self._residents.running:
+            return
+        while (self._batch.budget or policy.is_static) and rows.num_free:
+            branch = self._life.waiting.peek()
+            if branch is None or not self._may_enter(branch):
+                return
+            self._life.waiting.pop()
+            if (group := self._life.groups.get(branch.request.key)) is not None:
+                self._enter_group(group)
+            else:
+                found = self._kv.find(branch)
+                num_blocks = self._blocks_to_enter(branch, found)
+                self._residents.enter(branch, num_blocks, _num_candidates(branch))
+                self._residents.prefilling.append(branch)
+            for entered in self._residents.prefilling[-branch.request.width :]:
+                if self._batch.budget and entered.request is branch.request:
+                    self._plan_prefill(entered)
+
+    def _enter_group(self, group: BeamGroup) -> None:
+        """Give every lane a row; those that hold a beam prefill it."""
+        counts = group.blocks_to_enter(self._residents, self._group_reservation(group))
+        live = group.live_lanes()
+        for branch, num_blocks in zip(group.lanes, counts, strict=True):
+            self._residents.enter(branch, num_blocks, group.num_candidates)
+            if branch in live:
+                self._residents.prefilling.append(branch)
+
+    def _may_enter(self, branch: Branch) -> bool:
+        residents, life = self._residents, self._life
+        if branch.last_step_id > self._committed_step_id:
+            return False  # its tokens under way must be known first
+        if not residents.running:
+            return True  # it fits alone, or it would not have been queued
+        if life.suspects and not self._may_join(branch):
+            return False
+        if self._rows.num_free < branch.request.width:
+            return False
+        num_spare = self._kv.num_unpromised - life.limits.watermark_blocks
+        if num_spare < 1:
+            return False  # whatever is cached, it needs a block
+        group = life.groups.get(branch.request.key)
+        if group is not None:
+            counts = group.blocks_to_enter(residents, self._group_reservation(group))
+            return sum(counts) <= num_spare
+        return self._blocks_to_enter(branch, self._kv.find(branch)) <= num_spare
+
+    @property
+    def _committed_step_id(self) -> int:
+        in_flight = self._residents.in_flight
+        return (in_flight[0].step_id if in_flight else self._batch.step_id) - 1
+
+    def _may_join(self, branch: Branch) -> bool:
+        """Keep a suspect apart from all but branches that got a token in this epoch.
+
+        If the epoch ends again, it alone reaches MAX_SUSPICIONS.
+        """
+        running = self._residents.running.values()
+        if any(other.must_run_alone for other in running):
+            return False
+        return not branch.must_run_alone or all(map(self._residents.has_progressed, running))
+
+    def _blocks_to_enter(self, branch: Branch, found: list[CachedBlock]) -> int:
+        """Free blocks that admission promises: for the tokens known, or for the worst case."""
+        num_tokens = max(len(branch.token_ids), self._reserved_tokens(branch))
+        if needs_reservation(branch):
+            num_tokens = max(num_tokens, branch.max_total_tokens - 1)
+        return self._life.limits.blocks_for(num_tokens) - self._kv.num_held(found)
+
+    def _reserved_tokens(self, branch: Branch) -> int:
+        """Tokens whose blocks the policy hands out at admission."""
+        reserve_tokens = self._life.policy.reserve_tokens
+        if reserve_tokens is None:
+            return 0
+        return min(reserve_tokens(branch.request), self._life.limits.max_total_tokens - 1)
+
+    def _group_reservation(self, group: BeamGroup) -> int | None:
+        if needs_reservation(group.leader) or self._life.policy.reserve_tokens is not None:
+            return group.request.max_total_tokens - 1
+        return None
+
+
+def _num_candidates(branch: Branch) -> int:
+    """Likeliest tokens to ask for with each token; at least one brings the token's own."""
+    num_logprobs = branch.request.sampling.num_logprobs
+    return max(1, num_logprobs - 1) if num_logprobs else 0
