@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import grpc
-import grpc.aio
 import uvloop
 from tqdm import tqdm
 
@@ -31,14 +29,14 @@ from benchmarks.hf_peer import HfPeer, PeerError, hf_peer
 from benchmarks.hf_reference import noise, references
 from benchmarks.prompts import Prompt, varied_prompts
 from benchmarks.report import LOCAL_DIR, Target, versions
+from blockyard.client import AsyncClient, BlockyardError
+from blockyard.client.request import EarlyStopping
 from blockyard.common import model_dir
 from blockyard.launcher.child import ServeError
 from blockyard.launcher.config import ServeSettings
 from blockyard.launcher.server import LocalServer
 from blockyard.models import store
 from blockyard.models.errors import ModelImportError
-from blockyard.v1 import generate_pb2 as pb
-from blockyard.v1 import generate_pb2_grpc as pb_grpc
 
 NUM_OUTPUT_TOKENS: Final = 48
 MAX_SCORE_DIFFERENCE: Final = 1e-3
@@ -47,22 +45,20 @@ _TIE_FACTOR: Final = 10
 _MAX_NUDGES: Final = 3
 _MAX_RERUNS: Final = 16
 _NUM_THREADS: Final = 2
+_NUM_HF_THREADS: Final = 1
+"""More wait for each other on a machine that does anything else: ten times slower."""
 _NUM_CONCURRENT: Final = 6
 _TIMEOUT_S: Final = 600.0
 _NUM_NOISE_PROMPTS: Final = 32
 _KINDS: Final = {"chat": 14, "digits": 5, "code": 6, "language": 8, "length": 7}
 """How many prompts of each kind: chats first, for they end by themselves."""
 
-EARLY_STOPPING: Final[dict[str, bool | str]] = {
+EARLY_STOPPING: Final[dict[EarlyStopping, bool | str]] = {
     "heuristic": False,
     "at_width": True,
     "never": "never",
 }
-_TO_PROTO: Final = {
-    "heuristic": pb.EARLY_STOPPING_HEURISTIC,
-    "at_width": pb.EARLY_STOPPING_AT_WIDTH,
-    "never": pb.EARLY_STOPPING_NEVER,
-}
+"""By our names, transformers' own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +69,7 @@ class Case:
     token_ids: list[int]
     width: int
     length_penalty: float = 1.0
-    early_stopping: str = "heuristic"
+    early_stopping: EarlyStopping = "heuristic"
 
     @property
     def setting(self) -> str:
@@ -162,46 +158,42 @@ async def expected_answers(
 
 
 async def our_answers(model_path: Path, searches: Sequence[Case]) -> list[Answer]:
-    """The same through the whole system, several at a time. Raises ServeError, AioRpcError."""
+    """The same through the whole system, several at a time. Raises ServeError, BlockyardError."""
     settings = ServeSettings.model_validate(
         {"model": str(model_path), "listen": "127.0.0.1:0", "num_threads": _NUM_THREADS}
     )
     room = asyncio.Semaphore(_NUM_CONCURRENT)
-    async with (
-        LocalServer(settings) as server,
-        grpc.aio.insecure_channel(server.address) as channel,
-    ):
-        stub: pb_grpc.GenerateServiceAsyncStub = pb_grpc.GenerateServiceStub(channel)
+    async with LocalServer(settings) as server, AsyncClient(server.address) as client:
         with tqdm(total=len(searches), desc="blockyard") as progress:
 
             async def ask(case: Case) -> Answer:
                 async with room:
-                    answer = await _search(stub, case)
+                    answer = await search(client, case)
                 progress.update()
                 return answer
 
             return await asyncio.gather(*map(ask, searches))
 
 
-async def _search(stub: pb_grpc.GenerateServiceAsyncStub, case: Case) -> Answer:
+async def search(client: AsyncClient, case: Case) -> Answer:
     """One search over the streaming call: its best hypothesis arrives in pieces."""
-    request = pb.GenerateRequest(
-        token_ids=pb.TokenIds(ids=case.token_ids),
-        stop=pb.StopConditions(max_tokens=NUM_OUTPUT_TOKENS),
-        skip_text=True,
-        beam=pb.BeamSearch(
-            width=case.width,
-            num_choices=case.width,
-            length_penalty=case.length_penalty,
-            early_stopping=_TO_PROTO[case.early_stopping],
-        ),
-    )
     sequences: list[list[int]] = [[] for _ in range(case.width)]
     scores = [float("nan")] * case.width
-    async for response in stub.Generate(request, timeout=_TIMEOUT_S):
-        sequences[response.choice_index] += response.token_ids
-        if response.finish_reason:
-            scores[response.choice_index] = response.score
+    async for chunk in client.generate(
+        token_ids=case.token_ids,
+        max_tokens=NUM_OUTPUT_TOKENS,
+        skip_text=True,
+        timeout=_TIMEOUT_S,
+        beam={
+            "width": case.width,
+            "num_choices": case.width,
+            "length_penalty": case.length_penalty,
+            "early_stopping": case.early_stopping,
+        },
+    ):
+        sequences[chunk.choice_index] += chunk.token_ids
+        if chunk.finish_reason:
+            scores[chunk.choice_index] = chunk.score
     return Answer(sequences, scores)
 
 
@@ -240,11 +232,13 @@ def _is_same_but_order(case: Case, expected: Answer, got: Answer, bound: float) 
     """Whether the two hold the same hypotheses, and those out of order have tied scores."""
     if sorted(expected.sequences) != sorted(got.sequences):
         return False
-    pairs = zip(expected.sequences, got.sequences, expected.scores, got.scores, strict=True)
-    for theirs, ours, their_score, our_score in pairs:
-        apart = abs(their_score - our_score)
-        divisor = float(max(len(theirs), len(ours)) ** case.length_penalty)
-        if not apart <= (MAX_SCORE_DIFFERENCE if theirs == ours else bound / divisor):
+    scores = dict(zip(map(tuple, expected.sequences), expected.scores, strict=True))
+    for sequence, our_score, score_there in zip(
+        got.sequences, got.scores, expected.scores, strict=True
+    ):
+        score = scores[tuple(sequence)]
+        total_apart = abs(score - score_there) * len(sequence) ** case.length_penalty
+        if total_apart >= bound or not abs(score - our_score) <= MAX_SCORE_DIFFERENCE:
             return False
     return True
 
@@ -253,14 +247,14 @@ async def compare(model_path: Path, is_quick: bool) -> tuple[list[Case], list[Di
     """Both sides, and which differences are ties; returns also the noise of transformers."""
     model = model_dir.load(model_path)
     prompts = chosen_prompts(model_path)
-    async with hf_peer(model_path, _NUM_THREADS) as peer:
+    async with hf_peer(model_path, _NUM_HF_THREADS) as peer:
         ids = await peer.tokenize([prompt.input for prompt in prompts])
         token_ids = dict(zip((prompt.name for prompt in prompts), ids, strict=True))
         searches = cases(model_path, token_ids, is_quick)
         expected = await expected_answers(peer, searches, model.digest)
     got = await our_answers(model_path, searches)
     differences = []
-    async with hf_peer(model_path, _NUM_THREADS) as peer:
+    async with hf_peer(model_path, _NUM_HF_THREADS) as peer:
         used = prompts[: 4 if is_quick else _NUM_NOISE_PROMPTS]
         greedy = await references(peer, used, NUM_OUTPUT_TOKENS, model.digest)
         noise_level = await noise(peer, greedy)
@@ -306,7 +300,7 @@ def main() -> int:
     try:
         model_path = store.resolve(flags.model)
         searches, differences, noise_level = uvloop.run(compare(model_path, flags.quick))
-    except (ModelImportError, ServeError, PeerError, grpc.RpcError) as error:
+    except (ModelImportError, ServeError, PeerError, BlockyardError) as error:
         print(f"cannot run: {error}", file=sys.stderr)
         return 2
     rows = []

@@ -10,8 +10,9 @@ import numpy as np
 from benchmarks.report import percentiles
 from blockyard.executor.v1 import executor_pb2 as pb
 from scheduler_svc import plan_codec
+from scheduler_svc.limits import Limits
 from scheduler_svc.request import Request
-from scheduler_svc.scheduler import Limits, Scheduler
+from scheduler_svc.scheduler import Scheduler
 
 _BLOCK_SIZE: Final = 16
 _EPOCH: Final = 1
@@ -61,8 +62,7 @@ def _steady_scheduler(num_rows: int, context_tokens: int, num_steps: int) -> Sch
             key=key,
             frontend=1,
             request_id=key,
-            token_ids=np.full(num_prompt_tokens, 7, np.int32),
-            num_prompt_tokens=num_prompt_tokens,
+            prompt=np.full(num_prompt_tokens, key, np.int32),  # nothing to share
             max_total_tokens=longest,
             arrival_ns=0,
         )

@@ -23,7 +23,7 @@ from benchmarks.hf_peer import HfPeer, PeerError, hf_peer
 from benchmarks.hf_reference import Reference, noise, references
 from benchmarks.prompts import Prompt, few_prompts, varied_prompts
 from benchmarks.report import Target
-from blockyard.client import AsyncClient, BlockyardError, Completion
+from blockyard.client import AsyncClient, BlockyardError, Choice, Completion
 from blockyard.common import model_dir
 from blockyard.launcher.child import ServeError
 from blockyard.launcher.config import ServeSettings
@@ -131,14 +131,16 @@ async def complete(
         token_ids += chunk.token_ids
         text += chunk.text
     assert chunk.usage is not None, "the stream ended without usage"
-    return Completion(
+    choice = Choice(
+        index=0,
         text=text,
         token_ids=tuple(token_ids),
         finish_reason=chunk.finish_reason,
         stopped_by=chunk.stopped_by,
-        usage=chunk.usage,
-        request_id=chunk.request_id,
+        logprobs=(),
+        score=0.0,
     )
+    return Completion((choice,), chunk.usage, chunk.request_id)
 
 
 async def run_mode(mode: Mode, prompts: Sequence[Prompt], found: Sequence[Reference]) -> Outcome:

@@ -18,6 +18,8 @@ from blockyard.engine.v1 import engine_pb2 as pb
 from blockyard.engine.v1 import engine_pb2_grpc
 
 _READY_TIMEOUT_S: Final = 20.0
+_VOCAB_SIZE: Final = 1000
+"""The fake executor's."""
 
 Stream = grpc.aio.StreamStreamCall[pb.ConnectRequest, pb.ConnectResponse]
 
@@ -33,14 +35,15 @@ class EngineDriver:
         self.num_finished = 0
 
     def submit(self, prompts: list[int], max_tokens: list[int]) -> None:
-        """Queue requests of these lengths, parallel [n]; prompts are all the same token."""
+        """Queue requests of these lengths, parallel [n]; their prompts have nothing in common."""
+        request_ids = itertools.islice(self._request_ids, len(prompts))
         submits = [
             pb.Submit(
-                request_id=next(self._request_ids),
-                prompt_token_ids=pack_u32(np.full(num_tokens, 7)),
+                request_id=request_id,
+                prompt_token_ids=pack_u32(np.full(num_tokens, request_id % _VOCAB_SIZE)),
                 max_tokens=limit,
             )
-            for num_tokens, limit in zip(prompts, max_tokens, strict=True)
+            for request_id, num_tokens, limit in zip(request_ids, prompts, max_tokens, strict=True)
         ]
         self._outbox.put_nowait(pb.ConnectRequest(submit=pb.SubmitBatch(submits=submits)))
 

@@ -22,7 +22,9 @@ from scheduler_svc.config import EngineSettings
 from scheduler_svc.engine import __main__ as entry
 from scheduler_svc.engine import loop
 from scheduler_svc.engine.link import FrontendLink
-from scheduler_svc.scheduler import Limits, Scheduler
+from scheduler_svc.limits import Limits
+from scheduler_svc.policy import Policy
+from scheduler_svc.scheduler import Scheduler
 from scheduler_svc.step_plan import StepOutput, StepPlan, StepTokens
 
 _LAG_PERIOD_S: Final = 0.005
@@ -62,8 +64,8 @@ class Recorder:
 class MeasuredScheduler(Scheduler):
     """Times plan and commit."""
 
-    def __init__(self, limits: Limits, recorder: Recorder) -> None:
-        super().__init__(limits)
+    def __init__(self, limits: Limits, policy: Policy, recorder: Recorder) -> None:
+        super().__init__(limits, policy)
         self._recorder = recorder
 
     def plan(self, now_ns: int) -> StepPlan | None:
@@ -136,8 +138,9 @@ class MeasuredEngine(loop.Engine):
 
     def on_new_epoch(self, epoch: int) -> None:
         """As Engine.on_new_epoch, on a measured scheduler."""
-        if self.scheduler is None:
-            self.scheduler = MeasuredScheduler(self._limits(), self._recorder)
+        if self.scheduler is None and self._info is not None:
+            limits = self._limits(self._info)
+            self.scheduler = MeasuredScheduler(limits, self._policy, self._recorder)
         super().on_new_epoch(epoch)
 
     def on_result(self, result: pb.StepResult) -> None:

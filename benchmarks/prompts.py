@@ -108,6 +108,15 @@ def few_prompts(model_dir: Path) -> list[Prompt]:
     return chosen
 
 
+def running_text(model_dir: Path) -> list[int]:
+    """Token ids of a long text, to cut prompts from."""
+    tokenizer = Tokenizer.from_file(str(model_dir / TOKENIZER_FILE))
+    documents = (argparse, collections, difflib, fractions, heapq, textwrap)
+    text = "\n".join(inspect.getsource(document) for document in documents)
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    return list(tokenizer.encode(design + text, add_special_tokens=False).ids)
+
+
 def _cut_texts(tokenizer: Tokenizer) -> Iterator[Prompt]:
     """Token ids of exact lengths, cut from different places of long texts."""
     design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")

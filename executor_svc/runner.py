@@ -2,7 +2,7 @@
 
 The step worker validates a plan and applies its row metadata (plan_check, row_state); the runner
 moves blocks, computes and samples. Neither file here nor the step worker imports torch: the
-content-checking runner of the integration tests stands behind the same protocol as the real one.
+content-checking runner (backends/checking) stands behind the same protocol as the real one.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ on its row's logits, parameters and position alone: not on the batch, the step o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +20,6 @@ import numpy.typing as npt
 from executor_svc.backends.cpu import sampling
 from executor_svc.backends.cpu.simd import FloatArray
 from executor_svc.runner import IntArray
-
-MAX_CANDIDATES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +104,18 @@ def sample(
     candidate_token_ids = np.zeros(int(num_candidates.sum()), np.int32)
     candidate_logprobs = np.zeros(candidate_token_ids.size, np.float32)
     token_logprobs = np.zeros(asked.size, np.float32)
-    for i, (row, end) in enumerate(zip(asked.tolist(), ends.tolist(), strict=True)):
-        span = slice(end - int(num_candidates[i]), end)
-        if status[row] == sampling.IS_SAMPLED:
-            token_logprobs[i] = sampling.rank(
-                logits[row], token_ids[row], candidate_token_ids[span], candidate_logprobs[span]
-            )
+    if asked.size:
+        sampling.rank(
+            logits,
+            asked,
+            token_ids,
+            status,
+            ends,
+            min(num_threads, asked.size),
+            candidate_token_ids,
+            candidate_logprobs,
+            token_logprobs,
+        )
     return Samples(
         token_ids=token_ids,
         is_failed=status != sampling.IS_SAMPLED,

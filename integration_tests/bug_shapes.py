@@ -1,6 +1,7 @@
 """Bugs that schedulers and executors of this kind have had, injected by patching the real code.
 
 Each takes pytest's MonkeyPatch. The proof that the random walk can fail: it must catch every one.
+Those of prefixes, forks and swapping are in bug_shapes_memory.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from executor_svc.plan import NewRows, Plan
 from executor_svc.row_state import RowState
 from executor_svc.runner import StepBatch
 from executor_svc.step_ledger import StepLedger
-from scheduler_svc import plan_codec
-from scheduler_svc import scheduler as scheduler_module
+from scheduler_svc import plan_codec, planner
 from scheduler_svc.batch import BatchBuilder
 from scheduler_svc.block_pool import BlockIds
-from scheduler_svc.kv_manager import KVManager, RowIds
-from scheduler_svc.request import Request, TokenIds
+from scheduler_svc.committer import Committer
+from scheduler_svc.kv_manager import KVManager
+from scheduler_svc.limits import Limits
+from scheduler_svc.planner import Planner
+from scheduler_svc.request import Branch
 from scheduler_svc.rows import Rows
-from scheduler_svc.scheduler import Limits, Scheduler
-from scheduler_svc.step_plan import NewRow, StepOutput, StepPlan, TokenColumns
+from scheduler_svc.scheduler import Scheduler
+from scheduler_svc.step_plan import Moves, NewRow, RowIds, StepOutput, StepPlan, TokenColumns
 
 Patch = pytest.MonkeyPatch
 
@@ -39,20 +42,24 @@ def block_released_while_in_use(patch: Patch) -> None:
 
     def buggy(self: KVManager, rows: RowIds) -> BlockIds:
         block_ids = grow_by_one(self, rows)
-        self.pool.release(self.table(int(rows[0]))[:1])
+        first = self.table(int(rows[0]))[:1]
+        self.pool.forget(first)
+        self.pool.release(first)
         return block_ids
 
     patch.setattr(KVManager, "grow_by_one", buggy)
 
 
 def block_released_twice(patch: Patch) -> None:
-    """The first block of a row that ends is on the free stack twice."""
+    """The first block of a row that ends is blank, and free a second time."""
     release = KVManager.release
 
-    def buggy(self: KVManager, row: int) -> None:
+    def buggy(self: KVManager, row: int) -> int:
         first = self.table(row)[:1].copy()
-        release(self, row)
-        self.pool._free[:1] = first
+        held_block_ns = release(self, row)
+        if len(first) and self.pool._num_blank:
+            self.pool._blank[:1] = first
+        return held_block_ns
 
     patch.setattr(KVManager, "release", buggy)
 
@@ -71,41 +78,44 @@ def block_appended_late(patch: Patch) -> None:
 # ---- what a plan says
 
 
-def _change_plans(patch: Patch, change: Callable[[StepPlan], StepPlan]) -> None:
+def change_plans(patch: Patch, change: Callable[[StepPlan], StepPlan]) -> None:
+    """Send other plans than the scheduler made."""
     encode = plan_codec.encode
     patch.setattr(plan_codec, "encode", lambda plan: encode(change(plan)))
 
 
-def _skip_tokens(plan: StepPlan, new: NewRow, num_tokens: int) -> tuple[NewRow, int]:
-    """The row with its first tokens taken for computed, and the chunk that is left of it."""
-    chunk = plan.num_scheduled_tokens[plan.rows.tolist().index(new.row) - plan.num_decode_rows]
-    num_skipped = min(num_tokens, chunk - 1)
-    row = dataclasses.replace(
-        new, num_computed_tokens=num_skipped, token_ids=new.token_ids[num_skipped:]
-    )
-    return row, chunk - num_skipped
-
-
-def _skip_in_new_rows(plan: StepPlan, num_tokens: Callable[[Request], int]) -> StepPlan:
+def _skip_in_new_rows(plan: StepPlan, num_tokens: Callable[[Branch], int]) -> StepPlan:
+    """Take the first tokens of rows that prefill for computed, as far as something is left."""
     chunks = list(plan.num_scheduled_tokens)
     new_rows = []
     for new in plan.new_rows:
-        row, chunk = _skip_tokens(plan, new, num_tokens(new.request))
-        new_rows.append(row)
-        chunks[plan.rows.tolist().index(new.row) - plan.num_decode_rows] = chunk
+        num_skipped = 0
+        if new.logits_from is None:
+            index = plan.rows.tolist().index(new.row) - plan.num_decode_rows
+            num_skipped = min(num_tokens(new.branch), chunks[index] - 1)
+            chunks[index] -= num_skipped
+        new_rows.append(_skip_tokens(new, num_skipped))
     return dataclasses.replace(plan, new_rows=new_rows, num_scheduled_tokens=chunks)
+
+
+def _skip_tokens(new: NewRow, num_tokens: int) -> NewRow:
+    return dataclasses.replace(
+        new,
+        num_computed_tokens=new.num_computed_tokens + num_tokens,
+        token_ids=new.token_ids[num_tokens:],
+    )
 
 
 def uncomputed_token_published(patch: Patch) -> None:
     """A new row's first slot counts as computed though nobody wrote it."""
-    _change_plans(patch, lambda plan: _skip_in_new_rows(plan, lambda _: 1))
+    change_plans(patch, lambda plan: _skip_in_new_rows(plan, lambda _: 1))
 
 
 def preempted_row_taken_for_computed(patch: Patch) -> None:
     """A request that comes back is believed to find its KV as it left it."""
-    _change_plans(
+    change_plans(
         patch,
-        lambda plan: _skip_in_new_rows(plan, lambda r: 10**6 if r.num_preemptions else 0),
+        lambda plan: _skip_in_new_rows(plan, lambda branch: 10**6 * (branch.num_preemptions > 0)),
     )
 
 
@@ -122,7 +132,7 @@ def append_missing_in_plan(patch: Patch) -> None:
             else [],
         )
 
-    _change_plans(patch, change)
+    change_plans(patch, change)
 
 
 def appends_exchanged(patch: Patch) -> None:
@@ -133,12 +143,12 @@ def appends_exchanged(patch: Patch) -> None:
         block_ids = [ids[::-1] for ids in plan.append_block_ids[::-1]]
         return dataclasses.replace(plan, append_block_ids=block_ids) if is_even else plan
 
-    _change_plans(patch, change)
+    change_plans(patch, change)
 
 
 def freed_row_not_told(patch: Patch) -> None:
     """One freed row of a plan is not sent."""
-    _change_plans(patch, lambda p: dataclasses.replace(p, freed_rows=p.freed_rows[1:]))
+    change_plans(patch, lambda p: dataclasses.replace(p, freed_rows=p.freed_rows[1:]))
 
 
 def seed_lost_at_readmission(patch: Patch) -> None:
@@ -147,13 +157,15 @@ def seed_lost_at_readmission(patch: Patch) -> None:
     def change(plan: StepPlan) -> StepPlan:
         new_rows = []
         for new in plan.new_rows:
-            request = dataclasses.replace(new.request)
-            if request.num_preemptions:
-                request.sampling = dataclasses.replace(request.sampling, seed=0)
-            new_rows.append(dataclasses.replace(new, request=request))
+            branch = new.branch
+            if branch.num_preemptions:
+                sampling = dataclasses.replace(branch.request.sampling, seed=0)
+                request = dataclasses.replace(branch.request, sampling=sampling)
+                branch = dataclasses.replace(branch, request=request)
+            new_rows.append(dataclasses.replace(new, branch=branch))
         return dataclasses.replace(plan, new_rows=new_rows)
 
-    _change_plans(patch, change)
+    change_plans(patch, change)
 
 
 def other_batch_taken_for_the_same(patch: Patch) -> None:
@@ -161,9 +173,9 @@ def other_batch_taken_for_the_same(patch: Patch) -> None:
     build = BatchBuilder.build
 
     def buggy(
-        self: BatchBuilder, rows: Rows, freed_rows: list[int], last_batch: RowIds
+        self: BatchBuilder, rows: Rows, freed_rows: list[int], moves: Moves, last_batch: RowIds
     ) -> StepPlan:
-        plan = build(self, rows, freed_rows, last_batch)
+        plan = build(self, rows, freed_rows, moves, last_batch)
         plan.same_batch = 0 < plan.num_decode_rows == len(plan.rows) == len(last_batch)
         return plan
 
@@ -175,34 +187,36 @@ def other_batch_taken_for_the_same(patch: Patch) -> None:
 
 def token_under_way_not_published(patch: Patch) -> None:
     """A preempted request keeps the token of its last step, but its client never sees it."""
-    commit_detached = Scheduler._commit_detached
+    commit_detached = Committer._commit_detached
 
-    def buggy(self: Scheduler, plan: StepPlan, token_ids: TokenIds, tokens: TokenColumns) -> None:
-        commit_detached(self, plan, token_ids, TokenColumns())
+    def buggy(self: Committer) -> None:
+        tokens, self._tokens = self._tokens, TokenColumns()
+        commit_detached(self)
+        self._tokens = tokens
 
-    patch.setattr(Scheduler, "_commit_detached", buggy)
+    patch.setattr(Committer, "_commit_detached", buggy)
 
 
 def token_under_way_not_kept(patch: Patch) -> None:
     """A preempted request's client sees the token of its last step, but the request forgets it."""
-    commit_detached = Scheduler._commit_detached
+    commit_detached = Committer._commit_detached
 
-    def buggy(self: Scheduler, plan: StepPlan, token_ids: TokenIds, tokens: TokenColumns) -> None:
-        before = {request: request.token_ids for request in self._detached.values()}
-        commit_detached(self, plan, token_ids, tokens)
-        for request, known in before.items():
-            if not request.status.is_finished:
-                request.token_ids = known
+    def buggy(self: Committer) -> None:
+        before = {branch: branch.token_ids for branch in self._residents.detached.values()}
+        commit_detached(self)
+        for branch, known in before.items():
+            if not branch.status.is_finished:
+                branch.token_ids = known
 
-    patch.setattr(Scheduler, "_commit_detached", buggy)
+    patch.setattr(Committer, "_commit_detached", buggy)
 
 
 def token_given_to_next_resident(patch: Patch) -> None:
     """A row's residents are not told apart."""
     leave = Rows.leave
 
-    def buggy(self: Rows, request: Request) -> int:
-        row = leave(self, request)
+    def buggy(self: Rows, branch: Branch) -> int:
+        row = leave(self, branch)
         self.generations[row] -= 1
         return row
 
@@ -211,18 +225,18 @@ def token_given_to_next_resident(patch: Patch) -> None:
 
 def readmitted_before_token_came(patch: Patch) -> None:
     """A preempted request re-enters while a token of it is under way."""
-    may_enter = Scheduler._may_enter
+    may_enter = Planner._may_enter
 
-    def buggy(self: Scheduler, request: Request) -> bool:
-        request.last_step_id = 0
-        return may_enter(self, request)
+    def buggy(self: Planner, branch: Branch) -> bool:
+        branch.last_step_id = 0
+        return may_enter(self, branch)
 
-    patch.setattr(Scheduler, "_may_enter", buggy)
+    patch.setattr(Planner, "_may_enter", buggy)
 
 
 def failed_row_published(patch: Patch) -> None:
     """Tokens of logits that are not finite reach the client."""
-    patch.setattr(Scheduler, "_fail_rows", lambda *_: None)
+    patch.setattr(Committer, "_fail_rows", lambda _: None)
 
 
 # ---- policy and epochs
@@ -231,10 +245,11 @@ def failed_row_published(patch: Patch) -> None:
 def oldest_preempted(patch: Patch) -> None:
     """The victim is the oldest."""
 
-    def buggy(running: Iterable[Request], for_request: Request) -> Request | None:
-        return min(running, key=lambda request: request.key, default=None)
+    def buggy(running: Iterable[Branch], for_branch: Branch) -> Branch | None:
+        others = (branch for branch in running if branch is not for_branch)
+        return min(others, key=lambda branch: branch.key, default=None)
 
-    patch.setattr(scheduler_module, "pick_victim", buggy)
+    patch.setattr(planner, "pick_victim", buggy)
 
 
 def epoch_not_reset(patch: Patch) -> None:

@@ -22,16 +22,21 @@ from benchmarks import report
 from executor_svc.backends.checking.runner import FakeOptions, FakeRunner, fake_info
 from executor_svc.plan import PlanError
 from integration_tests.sim_link import SimLink
+from integration_tests.walk_config import (
+    random_limits,
+    random_policy,
+    random_weather,
+    resized,
+)
+from integration_tests.walk_isolation import Isolation
+from integration_tests.walk_log import MakeScheduler, run_recorded
 from integration_tests.walk_request import RequestMaker, WalkRequest
 from scheduler_svc import plan_codec
 from scheduler_svc.cost_model import CostModel
-from scheduler_svc.limits import Limits
-from scheduler_svc.policy import Policy, PreemptionMode
 from scheduler_svc.request import Request, RequestStatus
 from scheduler_svc.scheduler import Scheduler
 from scheduler_svc.step_plan import StepOutput
 
-VOCAB_SIZE: Final = 997
 _MAX_RESTARTS: Final = 6
 _ACTIONS_PER_STEP: Final = 20
 _STEPS_PER_TOKEN: Final = 8
@@ -77,39 +82,32 @@ class WalkCounts:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-@dataclass(frozen=True, slots=True)
-class Weather:
-    """How often things go wrong in one walk: weights beside those of ordinary actions."""
-
-    cut: float
-    restart: float
-    abort: float
-    poison: float
-    flush: float
-
-
 class Walk:
     """One seed's walk."""
 
-    def __init__(self, seed: int, *, checks_pool: bool = True) -> None:
+    def __init__(
+        self, seed: int, *, checks_pool: bool = True, make_scheduler: MakeScheduler = Scheduler
+    ) -> None:
         """Draw the configuration.
 
         Args:
             seed: of everything random.
             checks_pool: False leaves it to the outputs to show that the pool's books are wrong.
+            make_scheduler: the scheduler, or one that writes a log.
         """
         self.counts = WalkCounts()
         self._rng = rng = random.Random(seed)
         self._checks_pool = checks_pool
-        self._limits = _random_limits(rng)
+        self._limits = random_limits(rng)
         self._window = rng.randint(1, 3)
-        self._weather = _random_weather(rng)
+        self._weather = random_weather(rng)
         self._num_arrivals_left = rng.randint(10, 40)
         self._arrival_weight = rng.choice([0.1, 1.0, 10.0])
         self._poisoned_seeds: set[int] = set()
         self._link = SimLink(self._runner())
+        self._isolation = Isolation(self._limits)
         self._maker = RequestMaker(rng)
-        self._scheduler = Scheduler(self._limits, _random_policy(rng))
+        self._scheduler = make_scheduler(self._limits, random_policy(rng))
         self._scheduler.set_cost_model(CostModel(1e6, 1e4, 0.0, rng.choice([1e2, 1e8])))
         self._scheduler.begin_epoch(self._link.epoch, self._limits)
         self._requests: dict[int, WalkRequest] = {}
@@ -209,6 +207,7 @@ class Walk:
         has_preempted = self._num_preemptions > num_preemptions
         admitted = {new.branch.key for new in plan.new_rows if new.logits_from is None} - before
         assert not (has_preempted and admitted), "admitted in a step that preempted"
+        self._isolation.follow(plan, scheduler.rows)
         counts.steps += 1
         counts.forks += len(plan.forks)
         counts.borrowed_logits += sum(new.logits_from is not None for new in plan.new_rows)
@@ -291,8 +290,9 @@ class Walk:
             for branch in request.branches:
                 branch.num_barren_epochs += 1
         if self._rng.random() < 0.3:
-            self._limits = _resized(self._rng, self._limits, self._live())
+            self._limits = resized(self._rng, self._limits, self._live())
         self._link.replace_executor(self._runner())
+        self._isolation = Isolation(self._limits)
         self._publish(self._scheduler.begin_epoch(self._link.epoch, self._limits))
         self._check_pool()
         self.counts.epochs += 1
@@ -328,55 +328,9 @@ class Walk:
         return FakeRunner(info, FakeOptions(nan_seeds=self._poisoned_seeds))
 
 
-def _random_limits(rng: random.Random) -> Limits:
-    """Pools that hold between one and ten of the longest requests."""
-    max_num_seqs = rng.randint(1, 8)
-    num_blocks, block_size = rng.randint(4, 40), rng.choice([1, 2, 3, 4, 8])
-    longest = int(num_blocks * block_size * rng.choice([0.15, 0.4, 0.7, 1.0]))
-    return Limits(
-        num_device_blocks=1 + num_blocks,
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 5, 20, 60]),
-        max_model_len=min(max(longest, 4), 100),
-        vocab_size=VOCAB_SIZE,
-        watermark_blocks=rng.randint(0, 2),
-        num_host_blocks=rng.choice([0, 2, 10, 40]),
-        block_bytes=8 * block_size,
-    )
-
-
-def _random_policy(rng: random.Random) -> Policy:
-    return Policy(
-        preemption=rng.choice(list(PreemptionMode)),
-        is_caching=rng.random() < 0.9,
-    )
-
-
-def _random_weather(rng: random.Random) -> Weather:
-    def often(weight: float) -> float:
-        return rng.choice([0.0, 0.0, weight / 10, weight])
-
-    return Weather(
-        cut=often(0.5),
-        restart=often(0.05),
-        abort=often(0.1),
-        poison=often(0.05),
-        flush=often(0.05),
-    )
-
-
-def _resized(rng: random.Random, limits: Limits, live: list[WalkRequest]) -> Limits:
-    """Another pool; mostly one that still holds every request."""
-    fewest = 2
-    for request in (each.request for each in live):
-        needed = limits.blocks_for(request.max_total_tokens)
-        if request.beam is not None:
-            sizes = (request.num_prompt_tokens, request.max_total_tokens, request.width)
-            needed = limits.beam_blocks(*sizes)
-        fewest = max(fewest, needed + 1)
-    num_blocks = rng.randint(fewest, fewest + 10) if rng.random() < 0.8 else max(2, fewest // 2)
-    return dataclasses.replace(limits, num_device_blocks=num_blocks)
+def walk(seed: int) -> WalkCounts:
+    """Walk one seed; if it fails, the error says where its plan log is."""
+    return run_recorded(lambda make_scheduler: Walk(seed, make_scheduler=make_scheduler).run())
 
 
 def _num_steps(request: WalkRequest) -> int:
@@ -421,7 +375,7 @@ def main(arguments: list[str]) -> int:
     total = WalkCounts()
     for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
         try:
-            total.add(Walk(seed).run())
+            total.add(walk(seed))
         except (AssertionError, PlanError) as error:
             raise AssertionError(f"seed {seed} failed") from error
     results = {

@@ -10,7 +10,7 @@ import pytest
 
 from blockyard.executor.v1 import executor_pb2 as pb
 from executor_svc.backends.checking.digests import candidates, next_tokens, token_logprob
-from executor_svc.backends.checking.runner import FakeOptions, FakeRunner, fake_info
+from executor_svc.backends.checking.runner import DEVICE, FakeOptions, FakeRunner, fake_info
 from executor_svc.plan import PlanError
 from executor_svc.tests.plans import appends, batch, new_rows
 from integration_tests.fake_executor import SyncExecutor
@@ -284,3 +284,9 @@ BUGS = [
 @pytest.mark.parametrize("bug", BUGS)
 def test_known_bug_shapes_change_the_output(bug: Callable[[Driver], list[int]]) -> None:
     assert bug(Driver()) != reference_output(PROMPT, 1, VOCAB)
+
+
+def test_a_runner_that_keeps_no_kv_says_so() -> None:
+    info = fake_info(9)
+    assert FakeRunner(info).info.device == DEVICE
+    assert FakeRunner(info, FakeOptions(check_content=False)).info.device != DEVICE

@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from blockyard.common.columns import pack_u32
 from blockyard.engine.v1 import engine_pb2
@@ -23,6 +23,7 @@ from scheduler_svc.request import Branch, Request
 from scheduler_svc.scheduler import Scheduler
 from scheduler_svc.step_plan import Finished, StepOutput, StepPlan, StepTokens
 
+Result = TypeVar("Result")
 MakeScheduler = Callable[[Limits, Policy], Scheduler]
 
 _EARLY_STOPPING: Final = {
@@ -32,12 +33,20 @@ _EARLY_STOPPING: Final = {
 }
 
 
-def record_failure(walk: Callable[[MakeScheduler], object]) -> Path:
-    """Run a walk that fails once more, with a log; returns the log's path.
+def run_recorded(walk: Callable[[MakeScheduler], Result]) -> Result:
+    """Run a walk with the scheduler that it is given; if it fails, run it again with a log.
 
-    Args:
-        walk: the walk, with the scheduler that it is given; all else as when it failed.
+    The error that is raised then has a note that says where the log is.
     """
+    try:
+        return walk(Scheduler)
+    except (AssertionError, PlanError) as error:
+        error.add_note(f"to look into it: blockyard replay {record_failure(walk)}")
+        raise
+
+
+def record_failure(walk: Callable[[MakeScheduler], object]) -> Path:
+    """Run a walk that fails once more, with a log; returns the log's path."""
     path = Path(tempfile.mkdtemp(prefix="blockyard-walk-")) / "plans.log"
     with contextlib.ExitStack() as stack:
 

@@ -208,7 +208,7 @@ def _random_beam(rng: random.Random, limits: Limits) -> BeamParams | None:
     return BeamParams(
         width,
         rng.randint(1, width),
-        rng.choice([0.0, 0.6, 1.0, 2.0, -1.0]),
+        rng.choice([0.0, 0.625, 1.0, 2.0, -1.0]),
         rng.choice(list(EarlyStopping)),
     )
 

@@ -212,7 +212,9 @@ class BeamSearch:
 
     def stable_logprobs(self) -> FloatArray:
         """Log-probabilities of the tokens of the last `stable_prefix`, while the search goes on."""
-        return self._logprobs[0, : self._num_stable].copy()
+        stable = self._logprobs[0, : self._num_stable]
+        stable.flags.writeable = False
+        return stable
 
     def _best_candidates(
         self, token_ids: Sequence[TokenIds], logprobs: Sequence[FloatArray]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.num_reserved = num_reserved
         self.num_references = 0  # holders of all blocks together
+        self.num_evicted = 0
         self._on_evict = on_evict
         self._ref_counts = np.zeros(num_blocks, np.int32)
         self._blank = np.arange(num_blocks - 1, num_reserved - 1, -1, dtype=np.int32)  # a stack
@@ -46,7 +47,7 @@ class BlockPool:
         self._hashes: dict[int, BlockHash] = {}
         self._ids: dict[BlockHash, int] = {}  # the inverse of _hashes
         self._is_named = np.zeros(num_blocks, np.bool_)
-        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently held first
+        self._cached: dict[int, None] = {}  # least recently held first
 
     @property
     def num_usable(self) -> int:
@@ -76,18 +77,24 @@ class BlockPool:
         block_ids = self._blank[top - num_blank : top][::-1].copy()
         self._num_blank = top - num_blank
         if num_blank < count:
-            evicted = [self._evict() for _ in range(count - num_blank)]
-            block_ids = np.concatenate([block_ids, np.array(evicted, np.int32)])
+            block_ids = np.concatenate([block_ids, self._evict(count - num_blank)])
         self._ref_counts[block_ids] = 1
         self.num_references += count
         return block_ids
 
-    def _evict(self) -> int:
-        block_id, _ = self._cached.popitem(last=False)
-        block_hash = self._unname(block_id)
-        if self._on_evict is not None:
-            self._on_evict(block_id, block_hash)
-        return block_id
+    def _evict(self, count: int) -> BlockIds:
+        """Take the cached blocks that were let go longest ago [count]."""
+        evicted = np.fromiter(islice(self._cached, count), np.int32, count)
+        ids, hashes, cached = self._ids, self._hashes, self._cached
+        for block_id in evicted.tolist():
+            del cached[block_id]
+            block_hash = hashes.pop(block_id)
+            del ids[block_hash]
+            if self._on_evict is not None:
+                self._on_evict(block_id, block_hash)
+        self._is_named[evicted] = False
+        self.num_evicted += count
+        return evicted
 
     def share(self, block_ids: BlockIds) -> int:
         """Add one holder to each of these distinct blocks, held or cached.
@@ -115,8 +122,7 @@ class BlockPool:
         freed = block_ids[counts == 0]
         is_named = self._is_named[freed]
         if is_named.any():
-            for block_id in freed[is_named][::-1].tolist():
-                self._cached[block_id] = None
+            self._cached.update(dict.fromkeys(freed[is_named][::-1].tolist()))
             freed = freed[~is_named]
         self._push_blank(freed)
 
@@ -130,23 +136,23 @@ class BlockPool:
         """The block with this content, held or cached; None if there is none."""
         return self._ids.get(block_hash)
 
-    def name(self, block_id: int, block_hash: BlockHash) -> None:
-        """Let a held block be found by its content. One block per content: a second is ignored."""
-        if block_hash not in self._ids and not self._is_named[block_id]:
-            self._ids[block_hash] = block_id
-            self._hashes[block_id] = block_hash
-            self._is_named[block_id] = True
+    def name(self, block_ids: BlockIds, hashes: Sequence[BlockHash]) -> None:
+        """Let these held blocks [n] be found by their content, whose hashes are parallel.
 
-    def _unname(self, block_id: int) -> BlockHash:
-        block_hash = self._hashes.pop(block_id)
-        del self._ids[block_hash]
-        self._is_named[block_id] = False
-        return block_hash
+        There is one block per content and one content per block: what exists stays.
+        """
+        ids, known = self._ids, self._hashes
+        for block_id, block_hash in zip(block_ids.tolist(), hashes, strict=True):
+            if block_hash not in ids and block_id not in known:
+                ids[block_hash] = block_id
+                known[block_id] = block_hash
+                self._is_named[block_id] = True
 
     def forget(self, block_ids: BlockIds) -> None:
         """Let these blocks no longer be found: what they hold is wrong."""
         for block_id in block_ids[self._is_named[block_ids]].tolist():
-            self._unname(block_id)
+            del self._ids[self._hashes.pop(block_id)]
+            self._is_named[block_id] = False
             if block_id in self._cached:
                 del self._cached[block_id]
                 self._push_blank(np.array([block_id], np.int32))

@@ -34,7 +34,8 @@ class KVManager:
         """Manage the pools and rows of one executor, all empty."""
         self._limits = limits
         self.block_size = limits.block_size
-        self.pool = BlockPool(limits.num_device_blocks, num_reserved=1, on_evict=self._spill)
+        on_evict = self._spill if limits.num_host_blocks else None
+        self.pool = BlockPool(limits.num_device_blocks, num_reserved=1, on_evict=on_evict)
         self.host = BlockPool(limits.num_host_blocks)
         max_rows = limits.max_num_seqs
         self._table = np.zeros((max_rows, limits.blocks_for(limits.max_total_tokens)), np.int32)
@@ -53,7 +54,6 @@ class KVManager:
         self._copies_due: list[tuple[int, int]] = []
         self._written_host_ids: set[int] = set()  # by the plan being built; held until it is sent
         self._read_host_ids: list[int] = []  # likewise
-        self.num_evicted = 0
         self.num_copied = 0
         self.num_swapped_out = 0
         self.num_swapped_in = 0
@@ -142,8 +142,7 @@ class KVManager:
         self._moves.swap_in.extend(zip(host_ids.tolist(), fetched.tolist(), strict=True))
         branch.request.blocks.num_swapped_in += len(host_ids)
         block_ids[indexes] = fetched
-        for index in indexes.tolist():
-            self.pool.name(int(block_ids[index]), branch.block_hashes[index])
+        self.pool.name(fetched, [branch.block_hashes[index] for index in indexes])
 
     # ---- growth
 
@@ -253,9 +252,10 @@ class KVManager:
 
     def name_blocks(self, row: int, hashes: list[BlockHash], count: int) -> None:
         """Let the row's first `count` blocks be found by their hashes."""
-        for index in range(int(self._num_named[row]), count):
-            self.pool.name(int(self._table[row, index]), hashes[index])
-        self._num_named[row] = max(count, int(self._num_named[row]))
+        begin = int(self._num_named[row])
+        if begin < count:
+            self.pool.name(self._table[row, begin:count], hashes[begin:count])
+            self._num_named[row] = count
 
     def forget_blocks(self, row: int) -> None:
         """Let none of the row's blocks be found: its KV is wrong."""
@@ -291,14 +291,13 @@ class KVManager:
 
     def _spill(self, block_id: int, block_hash: BlockHash) -> None:
         """An evicted device block lives on in the host pool, if that has room."""
-        self.num_evicted += 1
         if self.host.num_free and self.host.find(block_hash) is None:
             self._written_host_ids.add(self._copy_to_host(block_id, block_hash))
 
     def _copy_to_host(self, block_id: int, block_hash: BlockHash) -> int:
         """A held host block with the content of a device block."""
         (host_id,) = self.host.allocate(1)
-        self.host.name(int(host_id), block_hash)
+        self.host.name(np.array([host_id]), [block_hash])
         self._moves.swap_out.append((block_id, int(host_id)))
         return int(host_id)
 

@@ -42,6 +42,10 @@ _FLUSH_NS: Final = 1_000_000_000
 logger = logging.getLogger(__name__)
 
 
+class PlanLogPathError(Exception):
+    """No plan log can be created there."""
+
+
 class PlanLog:
     """Writes a log; never waits for anything but the page cache, and never fails its caller.
 
@@ -58,7 +62,7 @@ class PlanLog:
             policy: the scheduler's; one that comes from settings.
             max_file_bytes: the log goes on in the next file when one has grown to this.
 
-        Raises OSError if no file can be created there.
+        Raises PlanLogPathError.
         """
         assert policy == Policy(policy.preemption, policy.is_caching), "not from settings"
         self._header = pb.LogHeader(
@@ -74,7 +78,10 @@ class PlanLog:
         self._num_in_flight = 0  # plans without a result
         self._flushed_ns = 0
         if path is not None:
-            self._file = self._create(path)
+            try:
+                self._file = self._create(path)
+            except OSError as error:
+                raise PlanLogPathError(f"plan log {path}: {error.strerror}") from error
 
     def begin_epoch(
         self, epoch: int, executor: executor_pb2.DescribeResponse, limits: Limits

@@ -103,7 +103,7 @@ class Scheduler:
     def snapshot(self) -> Accounting:
         """The pools by class, and everything counted so far. O(running branches)."""
         residents, counters = self._life.residents, dataclasses.replace(self._life.counters)
-        counters.num_evicted += residents.kv.num_evicted
+        counters.num_evicted += residents.kv.pool.num_evicted
         counters.num_copied += residents.kv.num_copied
         counters.num_swapped_out += residents.kv.num_swapped_out
         counters.num_swapped_in += residents.kv.num_swapped_in
@@ -214,7 +214,7 @@ class Scheduler:
     def _add_counters(self, old: Residents) -> None:
         """Keep what the pools of the epoch that ends have counted."""
         counters = self._life.counters
-        counters.num_evicted += old.kv.num_evicted
+        counters.num_evicted += old.kv.pool.num_evicted
         counters.num_copied += old.kv.num_copied
         counters.num_swapped_out += old.kv.num_swapped_out
         counters.num_swapped_in += old.kv.num_swapped_in

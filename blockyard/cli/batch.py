@@ -14,42 +14,43 @@ from typing import Any, NoReturn, TextIO, cast
 from tqdm import tqdm
 
 from blockyard.cli.errors import CommandError
-from blockyard.client import AsyncClient, BlockyardError, GenerateOptions
+from blockyard.cli.options import MAX_TIMEOUT_S, Target, conversation
+from blockyard.client import AsyncClient, BlockyardError, Choice, GenerateOptions
 
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What to run. `defaults` are sampling options for lines that do not say otherwise."""
+    """What to run. `defaults` are options of lines that do not say otherwise."""
 
-    address: str
+    target: Target
     source: Path
     output: Path | None
     concurrency: int
-    is_chat: bool | None
     defaults: GenerateOptions
 
 
 async def run_batch(batch: Batch) -> int:
     """Run every line and write one result per line, in order; returns how many failed.
 
-    A result has `index` (and `id`, if the line had one), and either `text`, `token_ids`,
-    `finish_reason` and `usage`, or `error` with `code` and `message`. Raises BlockyardError if
-    there is no server.
+    A result has `index` (and `id`, if the line had one), and either `usage` and the output, or
+    `error` with `code` and `message`. An output is `text`, `token_ids` and `finish_reason`, with
+    `logprobs` and `score` where there are any; several are a list, `choices`. Raises
+    BlockyardError if there is no server.
     """
     lines = _read_lines(batch.source)
     with ExitStack() as files:
-        async with AsyncClient(batch.address) as client:
+        async with AsyncClient(batch.target.address, timeout=batch.target.timeout) as client:
             model = await client.model()
             # Opened last: nothing is lost if there is no input or no server.
             output = _open_output(files, batch.output)
-            is_chat = model.has_chat_template if batch.is_chat is None else batch.is_chat
+            is_chat = batch.target.is_chat_for(model)
             is_shown = not (output is sys.stdout and output.isatty())
             bar = files.enter_context(
                 tqdm(total=len(lines), unit="req", file=sys.stderr, disable=not is_shown)
             )
-            run = _Run(client, is_chat, batch.defaults, _OrderedWriter(output, bar))
+            run = _Run(client, batch, is_chat, _OrderedWriter(output, bar))
             todo = iter(enumerate(lines))
             async with asyncio.TaskGroup() as workers:
                 for _ in range(min(batch.concurrency, len(lines))):
@@ -83,8 +84,8 @@ class _OrderedWriter:
 @dataclass(frozen=True, slots=True)
 class _Run:
     client: AsyncClient
+    batch: Batch
     is_chat: bool
-    defaults: GenerateOptions
     writer: _OrderedWriter
 
     async def work(self, todo: Iterator[tuple[int, str]]) -> None:
@@ -98,7 +99,7 @@ class _Run:
         try:
             fields = json.loads(line)
             if not isinstance(fields, dict):
-                raise BlockyardError("INVALID_ARGUMENT", "the line is not a JSON object")
+                raise _invalid("the line is not a JSON object")
             head = {"id": fields.pop("id")} if "id" in fields else {}
             return {**head, **await self._complete(fields)}
         except (ValueError, RecursionError) as error:
@@ -109,22 +110,51 @@ class _Run:
 
     async def _complete(self, fields: dict[str, Any]) -> Result:
         prompt, token_ids = fields.pop("prompt", None), fields.pop("token_ids", None)
-        messages = fields.pop("messages", None)
+        messages, system = fields.pop("messages", None), fields.pop("system", None)
+        timeout = _check_timeout(fields.pop("timeout", None))
         if self.is_chat and prompt is not None and messages is None and token_ids is None:
-            messages, prompt = [{"role": "user", "content": prompt}], None
+            opening = self.batch.target.system if system is None else system
+            messages, prompt = conversation(opening, prompt), None
+        elif system is not None:
+            raise _invalid("system goes with a prompt that is sent as a chat message")
         unknown = fields.keys() - GenerateOptions.__annotations__.keys()
         if unknown:
-            raise BlockyardError("INVALID_ARGUMENT", f"unknown field {min(unknown)!r}")
-        options = cast("GenerateOptions", {**self.defaults, **fields})
+            raise _invalid(f"unknown field {min(unknown)!r}")
+        options = cast("GenerateOptions", {**self.batch.defaults, **fields})
         completion = await self.client.complete(
-            prompt, token_ids=token_ids, messages=messages, **options
+            prompt, token_ids=token_ids, messages=messages, timeout=timeout, **options
         )
-        return {
-            "text": completion.text,
-            "token_ids": list(completion.token_ids),
-            "finish_reason": completion.finish_reason,
-            "usage": asdict(completion.usage),
-        }
+        outputs = [_output(choice, options) for choice in completion.choices]
+        result = outputs[0] if len(outputs) == 1 else {"choices": outputs}
+        return {**result, "usage": asdict(completion.usage)}
+
+
+def _output(choice: Choice, options: GenerateOptions) -> Result:
+    output: Result = {
+        "text": choice.text,
+        "token_ids": choice.token_ids,
+        "finish_reason": choice.finish_reason,
+    }
+    if choice.logprobs:
+        output["logprobs"] = [asdict(entry) for entry in choice.logprobs]
+    if "beam" in options:
+        output["score"] = choice.score
+    return output
+
+
+def _check_timeout(timeout: Any) -> float | None:
+    """A line's timeout [s]. Raises BlockyardError."""
+    if timeout is None:
+        return None
+    if not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT_S:
+        raise _invalid(
+            f"timeout must be a number of seconds up to {MAX_TIMEOUT_S:.0f}: {timeout!r}"
+        )
+    return timeout
+
+
+def _invalid(message: str) -> BlockyardError:
+    return BlockyardError("INVALID_ARGUMENT", message)
 
 
 def _read_lines(path: Path) -> list[str]:

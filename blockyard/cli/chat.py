@@ -15,9 +15,10 @@ from blockyard.client import BlockyardError, Client, GenerateOptions, Message
 
 @click.command()
 @options.address
-@click.option("--system", help="A system message that opens the conversation.")
+@options.timeout
+@options.system
 @options.sampling
-def command(address: str, system: str | None, **rest: Any) -> None:
+def command(address: str, timeout: float | None, system: str | None, **rest: Any) -> None:
     """Talk to the model: a line at a time, answers stream in.
 
     /clear forgets the conversation, /quit (or Ctrl-D) leaves; Ctrl-C stops an answer.
@@ -25,7 +26,7 @@ def command(address: str, system: str | None, **rest: Any) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history for input()
     try:
-        with Client(address) as client:
+        with Client(address, timeout=timeout) as client:
             model = client.model()
             if not model.has_chat_template:
                 raise CommandError(f"{model.name} has no chat template; use: blockyard generate")

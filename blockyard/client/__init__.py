@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from blockyard.client.aio import AsyncClient
 from blockyard.client.errors import BlockyardError
-from blockyard.client.messages import (
-    Chunk,
-    Completion,
-    GenerateOptions,
-    Message,
-    ModelInfo,
-    Usage,
-)
+from blockyard.client.request import BeamSearch, GenerateOptions, Message
+from blockyard.client.response import Choice, Chunk, Completion, ModelInfo, TokenLogprob, Usage
 from blockyard.client.sync import Client
 
 __all__ = [
     "AsyncClient",
+    "BeamSearch",
     "BlockyardError",
+    "Choice",
     "Chunk",
     "Client",
     "Completion",
     "GenerateOptions",
     "Message",
     "ModelInfo",
+    "TokenLogprob",
     "Usage",
 ]

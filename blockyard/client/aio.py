@@ -9,14 +9,16 @@ from typing import Self, Unpack
 import grpc
 import grpc.aio
 
-from blockyard.client import messages as wire
-from blockyard.client.errors import from_rpc
-from blockyard.client.messages import Chunk, Completion, GenerateOptions, Message, ModelInfo
+from blockyard.client import response as wire
+from blockyard.client.base import ClientBase
+from blockyard.client.errors import rpc_errors
+from blockyard.client.request import GenerateOptions, Message, build_request
+from blockyard.client.response import Chunk, Completion, ModelInfo
 from blockyard.v1 import generate_pb2 as pb
 from blockyard.v1 import generate_pb2_grpc as pb_grpc
 
 
-class AsyncClient:
+class AsyncClient(ClientBase):
     """Talks to one server from the event loop it is made in; connects on the first call.
 
         async with AsyncClient("127.0.0.1:50051") as client:
@@ -28,7 +30,7 @@ class AsyncClient:
 
     def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
         """`timeout` holds for each call that gives none [s]; None: no limit."""
-        self._timeout = timeout
+        super().__init__(timeout)
         self._channel = grpc.aio.insecure_channel(address)
         self._stub: pb_grpc.GenerateServiceAsyncStub = pb_grpc.GenerateServiceStub(self._channel)
 
@@ -56,7 +58,9 @@ class AsyncClient:
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[Chunk, None]:
-        """Stream the output. Closing the iterator (`aclose`), or its task, cancels the request.
+        """Stream the output; chunks of several choices come mixed.
+
+        Closing the iterator (`aclose`), or its task, cancels the request.
 
         Args:
             prompt: plain text; give this, or `token_ids`, or `messages` (a chat).
@@ -65,7 +69,7 @@ class AsyncClient:
             timeout: for the whole stream [s].
             options: see GenerateOptions.
         """
-        request = wire.build_request(prompt, token_ids, messages, options)
+        request = build_request(prompt, token_ids, messages, options)
         return self._stream(request, timeout)
 
     async def complete(
@@ -77,21 +81,16 @@ class AsyncClient:
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Completion:
-        """The whole output at once; arguments as for `generate`."""
-        request = wire.build_request(prompt, token_ids, messages, options)
-        try:
+        """All choices at once; arguments as for `generate`."""
+        request = build_request(prompt, token_ids, messages, options)
+        with rpc_errors():
             response = await self._stub.GenerateUnary(request, timeout=self._limit(timeout))
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(error) from error
         return wire.completion(response)
 
     async def model(self, *, timeout: float | None = None) -> ModelInfo:
         """The model served, and its limits."""
-        limit = self._limit(timeout)
-        try:
-            response = await self._stub.GetModel(pb.GetModelRequest(), timeout=limit)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(error) from error
+        with rpc_errors():
+            response = await self._stub.GetModel(pb.GetModelRequest(), timeout=self._limit(timeout))
         return wire.model_info(response)
 
     async def _stream(
@@ -99,12 +98,8 @@ class AsyncClient:
     ) -> AsyncGenerator[Chunk, None]:
         call = self._stub.Generate(request, timeout=self._limit(timeout))
         try:
-            async for response in call:
-                yield wire.chunk(response)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(error) from error
+            with rpc_errors():
+                async for response in call:
+                    yield wire.chunk(response)
         finally:
             call.cancel()  # does nothing to a stream that has ended
-
-    def _limit(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -26,3 +28,12 @@ def from_rpc(error: grpc.RpcError) -> BlockyardError:
     call: Any = error  # calls raise objects that are RpcError and Call at once
     code: grpc.StatusCode = call.code()
     return BlockyardError(code.name, call.details() or "")
+
+
+@contextlib.contextmanager
+def rpc_errors() -> Iterator[None]:
+    """Raise what the gRPC library raises inside, blocking or not, as BlockyardError."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc(error) from error

@@ -8,14 +8,16 @@ from typing import Self, Unpack
 
 import grpc
 
-from blockyard.client import messages as wire
-from blockyard.client.errors import from_rpc
-from blockyard.client.messages import Chunk, Completion, GenerateOptions, Message, ModelInfo
+from blockyard.client import response as wire
+from blockyard.client.base import ClientBase
+from blockyard.client.errors import rpc_errors
+from blockyard.client.request import GenerateOptions, Message, build_request
+from blockyard.client.response import Chunk, Completion, ModelInfo
 from blockyard.v1 import generate_pb2 as pb
 from blockyard.v1 import generate_pb2_grpc as pb_grpc
 
 
-class Client:
+class Client(ClientBase):
     """Talks to one server. Thread-safe; connects on the first call.
 
         with Client("127.0.0.1:50051") as client:
@@ -27,7 +29,7 @@ class Client:
 
     def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
         """`timeout` holds for each call that gives none [s]; None: no limit."""
-        self._timeout = timeout
+        super().__init__(timeout)
         self._channel = grpc.insecure_channel(address)
         self._stub = pb_grpc.GenerateServiceStub(self._channel)
 
@@ -55,7 +57,9 @@ class Client:
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generator[Chunk, None, None]:
-        """Stream the output. Closing the iterator, or dropping it, cancels the request.
+        """Stream the output; chunks of several choices come mixed.
+
+        Closing the iterator, or dropping it, cancels the request.
 
         Args:
             prompt: plain text; give this, or `token_ids`, or `messages` (a chat).
@@ -64,7 +68,7 @@ class Client:
             timeout: for the whole stream [s].
             options: see GenerateOptions.
         """
-        request = wire.build_request(prompt, token_ids, messages, options)
+        request = build_request(prompt, token_ids, messages, options)
         return self._stream(request, timeout)
 
     def complete(
@@ -76,20 +80,16 @@ class Client:
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Completion:
-        """The whole output at once; arguments as for `generate`."""
-        request = wire.build_request(prompt, token_ids, messages, options)
-        try:
+        """All choices at once; arguments as for `generate`."""
+        request = build_request(prompt, token_ids, messages, options)
+        with rpc_errors():
             response = self._stub.GenerateUnary(request, timeout=self._limit(timeout))
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
         return wire.completion(response)
 
     def model(self, *, timeout: float | None = None) -> ModelInfo:
         """The model served, and its limits."""
-        try:
+        with rpc_errors():
             response = self._stub.GetModel(pb.GetModelRequest(), timeout=self._limit(timeout))
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
         return wire.model_info(response)
 
     def _stream(
@@ -97,12 +97,8 @@ class Client:
     ) -> Generator[Chunk, None, None]:
         call = self._stub.Generate(request, timeout=self._limit(timeout))
         try:
-            for response in call:
-                yield wire.chunk(response)
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
+            with rpc_errors():
+                for response in call:
+                    yield wire.chunk(response)
         finally:
             call.cancel()  # does nothing to a stream that has ended
-
-    def _limit(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout

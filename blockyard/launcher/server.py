@@ -73,6 +73,12 @@ class LocalServer:
         return f"{_WILDCARD_HOSTS.get(host, host)}:{port}"
 
     @property
+    def engine_address(self) -> str:
+        """gRPC target of the engine, for snapshots."""
+        assert self._run_dir is not None, "not started"
+        return service_address(self._run_dir, "engine")
+
+    @property
     def pids(self) -> dict[str, int]:
         """Process ids by name: executor, engine, frontend (frontend-0, ... if several)."""
         pids = {name: child.pid for name, child in self._children.items()}
@@ -90,8 +96,7 @@ class LocalServer:
         for spec in child_specs(self.settings, model_path, self._run_dir, self._address):
             self._children[spec.name] = Child(spec, self._sink, lambda: self._is_up)
         self._tasks = [child.start() for child in self._children.values()]
-        engine_address = service_address(self._run_dir, "engine")
-        watching = watch_executor(engine_address, self._children["executor"].replace)
+        watching = watch_executor(self.engine_address, self._children["executor"].replace)
         self._tasks.append(asyncio.create_task(watching))
         serving = asyncio.create_task(wait_until_serving(self.address))
         try:

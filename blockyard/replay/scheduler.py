@@ -55,7 +55,9 @@ class SchedulerReplay:
     @property
     def summary(self) -> str:
         """What was found equal so far."""
-        return f"{self.num_plans} plans identical, sha256 {self._hash.hexdigest()}"
+        first = self._steps.first
+        since = f" from step {first} on" if first > 1 else ""
+        return f"{self.num_plans} plans identical{since}, sha256 {self._hash.hexdigest()}"
 
     @property
     def is_done(self) -> bool:

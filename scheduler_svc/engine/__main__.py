@@ -26,6 +26,7 @@ from scheduler_svc.config import EngineSettings
 from scheduler_svc.engine.loop import Engine
 from scheduler_svc.engine.metrics import serve_metrics
 from scheduler_svc.engine.service import EngineServicer
+from scheduler_svc.plan_log import PlanLogPathError
 
 logger = logging.getLogger("scheduler_svc.engine")
 
@@ -43,9 +44,10 @@ def _bind(engine: Engine, listen: str) -> grpc.aio.Server:
 
 
 async def serve(settings: EngineSettings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises ListenError."""
+    """Serve until SIGTERM or SIGINT. Raises ListenError and PlanLogPathError."""
     engine = Engine(settings)
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(engine.close)
         if settings.metrics_address:
             where = await stack.enter_async_context(serve_metrics(engine, settings.metrics_address))
             logs.event(logger, "metrics are up", url=f"http://{where}/metrics")
@@ -76,7 +78,7 @@ def main(arguments: list[str]) -> int:
         uvloop.run(serve(settings))
         return 0
 
-    return run_service("engine", EngineSettings, arguments, run, (ListenError,))
+    return run_service("engine", EngineSettings, arguments, run, (ListenError, PlanLogPathError))
 
 
 if __name__ == "__main__":

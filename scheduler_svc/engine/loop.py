@@ -43,7 +43,7 @@ class Engine:
     """One scheduler, one executor link, any number of front-end links."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        """Create an engine that has not met its executor yet. Raises OSError (plan log)."""
+        """Create an engine that has not met its executor yet. Raises PlanLogPathError."""
         self._settings = settings
         self._policy = Policy(settings.preemption, settings.prefix_cache)
         self._log = PlanLog(settings.plan_log, self._policy, settings.plan_log_max_bytes)
@@ -62,6 +62,10 @@ class Engine:
         self._num_requests = 0
         self._link_state = pb.WatchExecutorResponse(state=pb.WatchExecutorResponse.STATE_CONNECTING)
         self._link_state_changed = asyncio.Event()
+
+    def close(self) -> None:
+        """Write out what the plan log holds back; the engine must not go on."""
+        self._log.close()
 
     # ---- the executor's side (executor_client.Handler)
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import grpc
 
@@ -41,13 +42,11 @@ class EngineUsage:
     blocks: engine_pb.BlockUsage = field(default_factory=engine_pb.BlockUsage)
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """What a client has not got yet."""
 
     chunks: list[Chunk]  # at most one a choice
-    usage: EngineUsage | None
-    """Set in the last output."""
+    usage: EngineUsage | None  # set in the last output
 
 
 class OutputStream:
@@ -58,12 +57,10 @@ class OutputStream:
         self.key = key
         self.ready = asyncio.Event()
         self.first_token_ns: int | None = None
-        self._is_beam = options.is_beam
         self._is_streamed = options.is_streamed
         self._max_buffered_tokens = options.max_buffered_tokens
         self._choices = _choices(options)
         self._running = set(range(options.num_choices))  # branches that the engine works on
-        self._num_preemptions = 0
         self._usage: EngineUsage | None = None
         self._error: RequestError | None = None
 
@@ -132,12 +129,9 @@ class OutputStream:
             self._end(RequestError(grpc.StatusCode.INTERNAL, message))
             return
         self._choices[finish.branch].finish(finish)
-        # Beams are preempted together, samples one by one.
-        others = 0 if self._is_beam else self._num_preemptions
-        self._num_preemptions = others + finish.num_preemptions
         if is_over:
             self._usage = EngineUsage(
-                finish.num_cached_tokens, self._num_preemptions, finish.blocks
+                finish.num_cached_tokens, finish.num_preemptions, finish.blocks
             )
         self.ready.set()
 

@@ -15,7 +15,14 @@ from blockyard.engine.v1 import engine_pb2
 from blockyard.engine.v1 import plan_log_pb2 as pb
 from blockyard.executor.v1 import executor_pb2
 from scheduler_svc.limits import Limits
-from scheduler_svc.plan_log import FORMAT_VERSION, MAGIC, PlanLog, limits_of, policy_of
+from scheduler_svc.plan_log import (
+    FORMAT_VERSION,
+    MAGIC,
+    PlanLog,
+    PlanLogPathError,
+    limits_of,
+    policy_of,
+)
 from scheduler_svc.plan_log_reader import (
     CorruptError,
     Event,
@@ -330,8 +337,8 @@ def test_no_path_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_path_where_nothing_can_be_created(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        PlanLog(tmp_path / "no" / "such" / "directory", Policy())
+    with pytest.raises(PlanLogPathError, match=r"plan log .*/no/such: No such file or directory"):
+        PlanLog(tmp_path / "no" / "such", Policy())
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,28 @@ import grpc
 from blockyard.v1 import generate_pb2 as pb
 from blockyard.v1 import generate_pb2_grpc as pb_grpc
 
-USAGE = pb.Usage(prompt_tokens=4, output_tokens=3, cached_tokens=2, seed=77, preemptions=1)
+USAGE = pb.Usage(
+    prompt_tokens=4,
+    output_tokens=3,
+    cached_tokens=2,
+    seed=77,
+    preemptions=1,
+    block_seconds=0.5,
+    blocks_shared=5,
+    blocks_copied=6,
+    blocks_swapped_out=7,
+    blocks_swapped_in=8,
+)
+LOGPROBS = [
+    pb.TokenLogprob(logprob=-0.5, candidate_token_ids=[20], candidate_logprobs=[-0.25]),
+    pb.TokenLogprob(logprob=-1),
+]
+"""Of the last message's tokens, and of each choice's."""
 
 
 @dataclass
 class ScriptedServer(pb_grpc.GenerateServiceServicer):
-    """Answers by the prompt: "fail", "busy", "endless", or anything else."""
+    """Answers by the prompt: "fail", "slow", "endless", or anything else."""
 
     address: str = ""
     has_chat_template: bool = True
@@ -37,11 +53,14 @@ class ScriptedServer(pb_grpc.GenerateServiceServicer):
             self.cancelled.wait(0.01)
         yield pb.GenerateResponse(
             request_id="r1",
+            choice_index=max(1, request.num_samples) - 1,
             text="two",
             token_ids=[11, 12],
             finish_reason=pb.FINISH_REASON_STOP,
             stop_reason=pb.StopReason(string="."),
             usage=USAGE,
+            logprobs=LOGPROBS if request.HasField("logprobs") else (),
+            score=-0.5 * request.beam.width,
         )
 
     def GenerateUnary(
@@ -50,10 +69,19 @@ class ScriptedServer(pb_grpc.GenerateServiceServicer):
         self.requests.append(request)
         self._check(request, context)
         text = request.prompt or " ".join(message.content for message in request.chat.messages)
-        choice = pb.Choice(
-            text=text.upper(), token_ids=[10, 11], finish_reason=pb.FINISH_REASON_LENGTH
-        )
-        return pb.GenerateUnaryResponse(request_id="r1", choices=[choice], usage=USAGE)
+        num_choices = max(1, request.num_samples, request.beam.num_choices)
+        choices = [
+            pb.Choice(
+                index=index,
+                text=text.upper() + "'" * index,
+                token_ids=[10, 11],
+                finish_reason=pb.FINISH_REASON_LENGTH,
+                logprobs=LOGPROBS if request.HasField("logprobs") else (),
+                score=-0.5 * index if request.HasField("beam") else 0,
+            )
+            for index in range(num_choices)
+        ]
+        return pb.GenerateUnaryResponse(request_id="r1", choices=choices, usage=USAGE)
 
     def GetModel(
         self, request: pb.GetModelRequest, context: grpc.ServicerContext
@@ -66,6 +94,7 @@ class ScriptedServer(pb_grpc.GenerateServiceServicer):
             has_chat_template=self.has_chat_template,
             eos_token_ids=[2, 3],
             version="0",
+            max_branches=16,
         )
 
     def _check(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> None:

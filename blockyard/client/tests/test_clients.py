@@ -7,14 +7,24 @@ from typing import Any
 import pytest
 
 import blockyard
-from blockyard.client import AsyncClient, BlockyardError, Chunk, Client, Usage
+from blockyard.client import (
+    AsyncClient,
+    BlockyardError,
+    Choice,
+    Chunk,
+    Client,
+    TokenLogprob,
+    Usage,
+)
 from blockyard.client.tests.scripted_server import ScriptedServer
+from blockyard.v1 import generate_pb2 as pb
 
-USAGE = Usage(prompt_tokens=4, output_tokens=3, cached_tokens=2, seed=77, preemptions=1)
+USAGE = Usage(4, 3, 2, 77, 1, 0.5, 5, 6, 7, 8)
 CHUNKS = [
-    Chunk("one ", (10,), 0, None, None, None, "r1"),
-    Chunk("two", (11, 12), 0, "stop", ".", USAGE, "r1"),
+    Chunk("one ", (10,), 0, None, None, None, "r1", (), 0.0),
+    Chunk("two", (11, 12), 0, "stop", ".", USAGE, "r1", (), 0.0),
 ]
+LOGPROBS = (TokenLogprob(-0.5, ((20, -0.25),)), TokenLogprob(-1, ()))
 
 
 def test_stream(server: ScriptedServer) -> None:
@@ -27,6 +37,21 @@ async def test_stream_async(server: ScriptedServer) -> None:
         assert [chunk async for chunk in client.generate("hi")] == CHUNKS
 
 
+def test_stream_of_choices(server: ScriptedServer) -> None:
+    with Client(server.address) as client:
+        last = list(client.generate("hi", num_samples=3, logprobs=1))[-1]
+    assert (last.choice_index, last.token_ids, last.logprobs) == (2, (11, 12), LOGPROBS)
+
+
+def test_complete_with_choices(server: ScriptedServer) -> None:
+    with Client(server.address) as client:
+        completion = client.complete("hi", beam={"width": 4, "num_choices": 2}, logprobs=0)
+    first, second = completion.choices
+    assert second == Choice(1, "HI'", (10, 11), "length", None, LOGPROBS, -0.5)
+    assert (completion.text, completion.token_ids) == (first.text, first.token_ids)
+    assert (completion.finish_reason, completion.stopped_by) == ("length", None)
+
+
 def test_complete_and_model(server: ScriptedServer) -> None:
     with Client(server.address) as client:
         completion = client.complete(messages=[{"role": "user", "content": "hi"}])
@@ -34,6 +59,7 @@ def test_complete_and_model(server: ScriptedServer) -> None:
         assert (completion.token_ids, completion.usage) == ((10, 11), USAGE)
         model = client.model()
         assert (model.name, model.max_model_len, model.eos_token_ids) == ("scripted", 64, (2, 3))
+        assert model.max_branches == 16
 
 
 async def test_complete_and_model_async(server: ScriptedServer) -> None:
@@ -57,9 +83,22 @@ def test_every_option_reaches_the_wire(server: ScriptedServer) -> None:
             ignore_eos=True,
             request_id="mine",
             skip_text=True,
+            num_samples=3,
+            logprobs=0,
+            cache_salt="café",
+        )
+        client.complete(
+            "beams",
+            beam={
+                "width": 4,
+                "num_choices": 2,
+                "length_penalty": 0.0,
+                "early_stopping": "never",
+            },
+            cache_off=True,
         )
         client.complete("plain", stop="end")
-    full, plain = server.requests
+    full, beams, plain = server.requests
     assert list(full.token_ids.ids) == [1, 2]
     # Zero is a value, not "unset".
     present = {field.name: value for field, value in full.sampling.ListFields()}
@@ -67,9 +106,16 @@ def test_every_option_reaches_the_wire(server: ScriptedServer) -> None:
     assert (full.stop.max_tokens, list(full.stop.strings)) == (5, ["a", "b"])
     assert (list(full.stop.token_ids), full.stop.ignore_eos) == ([9], True)
     assert (full.request_id, full.skip_text) == ("mine", True)
+    assert (full.num_samples, full.HasField("logprobs")) == (3, True)
+    assert full.cache == pb.PrefixCache(salt="café".encode())
+    assert beams.beam.HasField("length_penalty")
+    assert beams.beam == pb.BeamSearch(
+        width=4, num_choices=2, length_penalty=0, early_stopping=pb.EARLY_STOPPING_NEVER
+    )
+    assert beams.cache == pb.PrefixCache(off=True)
     assert (plain.prompt, list(plain.stop.strings)) == ("plain", ["end"])
     assert not plain.stop.HasField("max_tokens")
-    assert not plain.sampling.ListFields()
+    assert [field.name for field, _ in plain.ListFields()] == ["prompt", "stop"]
 
 
 @pytest.mark.parametrize(
@@ -84,8 +130,16 @@ def test_every_option_reaches_the_wire(server: ScriptedServer) -> None:
         ({"messages": ["hello"]}, "mapping"),
         ({"messages": [{"rolle": "user"}]}, "rolle"),
         ({"prompt": "a", "top_k": -1}, "range|negative"),
-        ({"prompt": "a", "stop": 3}, "iterable"),
-        ({"prompt": "\ud800"}, "surrogate|UTF-8|encode"),
+        ({"prompt": "a", "stop": 3}, "stop: .*iterable"),
+        ({"prompt": "a", "num_samples": -1}, "num_samples: .*(range|negative)"),
+        ({"prompt": "a", "logprobs": "all"}, "logprobs: "),
+        ({"prompt": "a", "cache_salt": 5}, "cache_salt: "),
+        ({"prompt": "a", "beam": 4}, "beam: .*iterable"),
+        ({"prompt": "a", "beam": {"breadth": 4}}, "beam: .*breadth"),
+        ({"prompt": "a", "beam": {"width": -1}}, "beam: .*(range|negative)"),
+        ({"prompt": "a", "beam": {"width": 4, "early_stopping": "soon"}}, "early_stopping must be"),
+        ({"prompt": "\ud800"}, "prompt: .*utf-8"),
+        ({"prompt": "a", "stop": ["b", "\ud800"]}, "stop: .*utf-8"),
     ],
 )
 def test_bad_arguments_do_not_reach_the_server(

@@ -18,6 +18,7 @@ from executor_svc.backends.cpu.simd import (
     LANES,
     FloatArray,
     add,
+    any_above,
     exp,
     fma,
     load,
@@ -33,11 +34,14 @@ from executor_svc.backends.cpu.simd import (
 U32Array = npt.NDArray[np.uint32]
 U64Array = npt.NDArray[np.uint64]
 IntArray = npt.NDArray[np.int32]
+IndexArray = npt.NDArray[np.int64]
 
 IS_SAMPLED, IS_NUMERIC_FAILURE = 0, 1
 
 _MASK = np.uint64(0xFFFFFFFF)
 _CHUNK_BLOCKS = 256
+# A float32 sum per 1,024 tokens, those added in float64: relative error about 1e-7.
+_SUM_SPAN = 64 * LANES
 _UNIT = 2.0**-32
 
 
@@ -81,11 +85,10 @@ def _exponentiate(
     """out = exp((logits - highest) / temperature); returns the sum."""
     whole = logits.size // LANES * LANES
     offset, scale = splat(-highest), splat(np.float32(1) / temperature)
-    # A float32 sum per 1,024 tokens, those added in float64: relative error about 1e-7.
     total = 0.0
-    for begin in range(0, whole, 64 * LANES):
+    for begin in range(0, whole, _SUM_SPAN):
         sums = zero()
-        for i in range(begin, min(begin + 64 * LANES, whole), LANES):
+        for i in range(begin, min(begin + _SUM_SPAN, whole), LANES):
             weights = exp(mul(add(load(logits, i), offset), scale))
             store(out, i, weights)
             sums = add(sums, weights)
@@ -283,28 +286,87 @@ def draw(
                 tokens[row] = _draw_above(scores, threshold, heat, position, branch, seeds[row])
 
 
-@kernel
-def rank(logits: FloatArray, token: int, ids: IntArray, logprobs: FloatArray) -> np.float32:
-    """Fill ids and logprobs [k] with the k likeliest tokens of one row, best first.
+@inlined
+def _log_total(logits: FloatArray, highest: np.float32) -> float:
+    """Logarithm of the sum of exp(logits)."""
+    whole = logits.size // LANES * LANES
+    offset = splat(-highest)
+    total = 0.0
+    for begin in range(0, whole, _SUM_SPAN):
+        sums = zero()
+        for i in range(begin, min(begin + _SUM_SPAN, whole), LANES):
+            sums = add(sums, exp(add(load(logits, i), offset)))
+        total += float(sum_lanes(sums))
+    for i in range(whole, logits.size):
+        total += float(np.exp(logits[i] - highest))
+    return float(highest + np.log(total))
 
-    Equals are in id order. Returns the log-probability of `token`.
-    """
-    weights = np.empty(logits.size, np.float32)
-    highest = _highest(logits)
-    total = _exponentiate(logits, highest, np.float32(1), weights)
-    log_total = highest + np.log(total)
-    logprobs[:] = -np.inf
+
+@inlined
+def _insert(logits: FloatArray, i: int, ids: IntArray, best: FloatArray) -> None:
+    """Put token i among the best so far, behind its equals, if it is likelier than the last."""
+    at = ids.size - 1
+    if logits[i] > best[at]:
+        while at > 0 and logits[i] > best[at - 1]:
+            best[at], ids[at] = best[at - 1], ids[at - 1]
+            at -= 1
+        best[at], ids[at] = logits[i], i
+
+
+@inlined
+def _select_best(logits: FloatArray, ids: IntArray, best: FloatArray) -> None:
+    """Fill ids and best [k] with the k highest logits in descending order, equals in id order."""
+    best[:] = -np.inf
     last = ids.size - 1
-    for i in range(logits.size):
-        if logits[i] > logprobs[last]:
-            at = last
-            while at > 0 and logits[i] > logprobs[at - 1]:
-                logprobs[at], ids[at] = logprobs[at - 1], ids[at - 1]
-                at -= 1
-            logprobs[at], ids[at] = logits[i], i
-    for k in range(ids.size):
-        logprobs[k] = logprobs[k] - log_total
-    return np.float32(logits[token] - log_total)
+    whole = logits.size // LANES * LANES
+    floor = splat(best[last])
+    for begin in range(0, whole, LANES):
+        # Seldom true once the first few vectors are through.
+        if any_above(load(logits, begin), floor):
+            for i in range(begin, begin + LANES):
+                _insert(logits, i, ids, best)
+            floor = splat(best[last])
+    for i in range(whole, logits.size):
+        _insert(logits, i, ids, best)
+
+
+@parallel_kernel
+def rank(
+    logits: FloatArray,
+    rows: IndexArray,
+    tokens: IntArray,
+    status: IntArray,
+    ends: IndexArray,
+    num_threads: int,
+    ids: IntArray,
+    logprobs: FloatArray,
+    token_logprobs: FloatArray,
+) -> None:
+    """The likeliest tokens of some rows of logits [n, vocab_size], best first, equals in id order.
+
+    Args:
+        logits: after penalties, before temperature.
+        rows: [m], which rows.
+        tokens, status: [n], what `draw` wrote; for failed rows nothing is written here.
+        ends: [m], ascending; row i's candidates stand from ends[i - 1] (0 for the first) to
+            ends[i], at least one for each.
+        num_threads: rows are dealt out to this many.
+        ids: [ends[-1]], written.
+        logprobs: [ends[-1]], written: log-probabilities of `ids`.
+        token_logprobs: [m], written: those of `tokens`.
+    """
+    for thread in prange(num_threads):
+        for i in range(thread, rows.size, num_threads):
+            scores = logits[rows[i]]
+            if status[rows[i]] != IS_SAMPLED:
+                continue
+            begin = ends[i - 1] if i > 0 else 0
+            best = logprobs[begin : ends[i]]
+            _select_best(scores, ids[begin : ends[i]], best)
+            log_total = _log_total(scores, best[0])
+            for k in range(best.size):
+                best[k] -= log_total
+            token_logprobs[i] = scores[tokens[rows[i]]] - log_total
 
 
 @kernel

@@ -176,6 +176,14 @@ def _reduce(combine: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any], Any
     return intrinsic_body
 
 
+def _any_above(_typing: Any, _a: Any, _b: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        mask = builder.bitcast(builder.fcmp_ordered(">", *args), ir.IntType(LANES))
+        return builder.icmp_unsigned("!=", mask, ir.Constant(ir.IntType(LANES), 0))
+
+    return types.boolean(_VECTOR, _VECTOR), generate
+
+
 def _prefetch(_typing: Any, array: Any, _offset: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], args[0], args[1])
@@ -210,6 +218,8 @@ sum_lanes = cast(Callable[[Vector], np.float32], intrinsic(_reduce(_sum_pair)))
 """sum_lanes(x): the sum of the 16 lanes, in a fixed order."""
 max_lanes = cast(Callable[[Vector], np.float32], intrinsic(_reduce(_max_pair)))
 """max_lanes(x): the largest lane."""
+any_above = cast(Callable[[Vector, Vector], bool], intrinsic(_any_above))
+"""any_above(a, b): whether a > b in any lane; NaN is above nothing."""
 prefetch = cast(Callable[[FloatArray, int], None], intrinsic(_prefetch))
 """prefetch(array, offset): start loading the cache line that holds the element."""
 

@@ -15,7 +15,7 @@ from blockyard.engine.v1 import engine_pb2
 from blockyard.v1 import generate_pb2 as pb
 from scheduler_svc.frontend.fanout import Stop
 from scheduler_svc.frontend.tests.calls import expect_status, first_of, messages_of, until
-from scheduler_svc.frontend.tests.conftest import MAX_MODEL_LEN, Service, engine_state
+from scheduler_svc.frontend.tests.conftest import MAX_BRANCHES, MAX_MODEL_LEN, Service, engine_state
 from scheduler_svc.frontend.tests.fake_engine import finished
 from scheduler_svc.frontend.tests.models import BOS_ID, END_ID
 from scheduler_svc.frontend.tokenizer import PromptTokenizer
@@ -242,18 +242,19 @@ async def test_get_model(service: Service) -> None:
     assert model.has_chat_template
     assert list(model.eos_token_ids) == [END_ID]
     assert model.version
+    assert model.max_branches == MAX_BRANCHES
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateUnary"])
 async def test_malformed_bytes_are_invalid_argument(service: Service, method: str) -> None:
     # Field 1 (prompt), 2 bytes that are not UTF-8; and a truncated message.
-    for data in (b"\x0a\x02\xff\xfe", b"\x0a\x7f"):
+    for data, text in ((b"\x0a\x02\xff\xfe", "prompt is not"), (b"\x0a\x7f", "GenerateRequest")):
         path = f"/blockyard.v1.GenerateService/{method}"
         # Read as a unary call: the status is all that matters.
         multicallable: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
         multicallable = service.channel.unary_unary(path)
         call = multicallable(data)
-        await expect_status(call, grpc.StatusCode.INVALID_ARGUMENT, "GenerateRequest")
+        await expect_status(call, grpc.StatusCode.INVALID_ARGUMENT, text)
 
 
 async def test_prompt_must_leave_room_for_output(service: Service) -> None:

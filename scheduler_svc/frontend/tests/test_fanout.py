@@ -12,7 +12,7 @@ from scheduler_svc.frontend.fanout import Fanout, Stop
 from scheduler_svc.frontend.flush_policy import FlushPolicy
 from scheduler_svc.frontend.loop_lag import LoopLag
 from scheduler_svc.frontend.output_stream import OutputOptions, OutputStream
-from scheduler_svc.frontend.tests.fake_engine import finished
+from scheduler_svc.frontend.tests.fake_engine import branch_batch, finished
 from scheduler_svc.frontend.validation import RequestError
 
 
@@ -39,6 +39,60 @@ async def test_one_token_each_and_counted_columns() -> None:
     assert taken(first).token_ids == [7, 9]
     assert taken(second).token_ids == [8, 10, 11]
     assert first.take() is None
+
+
+async def test_branches_have_entries_of_their_own() -> None:
+    fanout = Fanout(LoopLag())
+    plain = open_stream(fanout)
+    sampled = fanout.open(OutputOptions(num_choices=3, max_buffered_tokens=3))
+    batch = pb.OutputBatch(
+        request_ids=[sampled.key, plain.key, sampled.key],
+        branches=[2, 0, 1],
+        token_counts=[2, 1, 3],
+        token_ids=[1, 2, 3, 4, 5, 6],
+    )
+    assert fanout.apply(batch) == []
+    assert taken(plain).token_ids == [3]
+    output = sampled.take()
+    assert output is not None
+    assert [(chunk.choice_index, chunk.token_ids) for chunk in output.chunks] == [
+        (1, [4, 5, 6]),
+        (2, [1, 2]),
+    ]
+    # The buffer's limit is a choice's; past it, all are aborted with one stop.
+    batch.token_counts[:] = [4, 1, 1]
+    stops = fanout.apply(batch)
+    assert [(stop.request_id, stop.num_output_tokens) for stop in stops] == [(sampled.key, 0)]
+    assert fanout.close(sampled) == []
+
+
+async def test_a_request_is_aborted_unless_all_its_branches_ended() -> None:
+    fanout = Fanout(LoopLag())
+    streams = [fanout.open(OutputOptions(num_choices=2)) for _ in range(2)]
+    for stream in streams:
+        end = finished("LENGTH", branch=1, is_last=False)
+        fanout.apply(branch_batch(stream.key, {}, end))
+    fanout.apply(branch_batch(streams[1].key, {}, finished("LENGTH", branch=0)))
+    assert [fanout.close(stream) for stream in streams] == [[Stop(streams[0].key)], []]
+
+
+async def test_logprobs_stay_with_their_tokens_when_batches_merge() -> None:
+    lag = LoopLag()
+    lag.value_s = 1.0
+    fanout = Fanout(lag)
+    asked, plain = open_stream(fanout), open_stream(fanout)
+    for first in (1.0, 3.0):
+        batch = pb.OutputBatch(
+            request_ids=[asked.key, plain.key, asked.key],
+            token_ids=[7, 8, 9],
+            num_logprobs=[1, 0, 1],
+            token_logprobs=[-first, -first - 1],
+        )
+        fanout.apply(batch)
+    chunk = taken(asked)
+    assert chunk.token_ids == [7, 9, 7, 9]
+    assert [entry.logprob for entry in chunk.logprobs] == [-1, -2, -3, -4]
+    assert (taken(plain).token_ids, fanout.close(plain)) == ([8, 8], [Stop(plain.key)])
 
 
 async def test_unknown_and_closed_requests_are_ignored() -> None:

@@ -93,6 +93,44 @@ def test_loss_after_a_stop_string_is_no_error() -> None:
     assert output.usage is not None
 
 
+def test_numbers_come_with_the_last_end_or_not_at_all() -> None:
+    stream = stream_of("b", num_choices=2)
+    assert stream.push(0, b"ab") == 2
+    stream.finish(finished("STOP", branch=0, is_last=False))
+    waits = [stream.waits_for_usage]
+    assert taken(stream).usage is None
+    assert stream.push(1, b"aab") == 3
+    waits.append(stream.waits_for_usage)
+    assert waits == [False, True]
+    assert not stream.is_running
+    assert taken(stream).usage is None
+    stream.settle()
+    output = taken(stream)
+    assert output.chunks == []
+    assert output.usage is not None
+
+
+def test_loss_before_the_last_choice_ended_is_an_error() -> None:
+    stream = stream_of("b", num_choices=2)
+    stream.push(0, b"ab")
+    stream.fail(grpc.StatusCode.UNAVAILABLE, "lost")
+    with pytest.raises(RequestError, match="lost"):
+        stream.take()
+
+
+def test_a_beam_is_cut_at_its_stop_string_but_ends_with_its_score() -> None:
+    stream = stream_of("END", is_beam=True)
+    assert stream.push(0, b"the ENDs") is None
+    assert not stream.is_open(0)
+    assert stream.is_running
+    chunk = chunk_of(stream)
+    assert (chunk.text, chunk.token_ids, chunk.ending) == ("the ", list(b"the END"), None)
+    stream.finish(finished("STOP", score=-0.5))
+    ending = chunk_of(stream).ending
+    assert ending is not None
+    assert (ending.stop_string, ending.score) == ("END", -0.5)
+
+
 def test_failure_drops_what_was_not_taken() -> None:
     stream = stream_of()
     stream.push(0, b"abc")

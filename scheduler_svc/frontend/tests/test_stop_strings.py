@@ -65,6 +65,20 @@ def test_first_complete_match_wins() -> None:
     assert stream(["b", "ab"], ["xab"]) == (["x"], "ab")
 
 
+def test_texts_are_searched_apart() -> None:
+    first = StopStrings(["END"])
+    assert first.feed("one EN") == ("one ", None)
+    second = first.fresh()
+    assert second.feed("D") == ("D", None)
+    assert first.feed("D") == ("", "END")
+    assert second.flush() == ""
+
+
+def test_many_texts_with_long_strings_are_cheap() -> None:
+    strings = StopStrings(["a" * 100_000])
+    assert [strings.fresh().feed("aa")[0] for _ in range(10_000)] == [""] * 10_000
+
+
 def test_long_repetitive_strings_are_cheap() -> None:
     strings = ["a" * 5000 + "b"] * 16
     delivered, found = stream(strings, ["a"] * 20_000)

@@ -1,0 +1,79 @@
+"""What a random walk draws: pools, policy and weather; and the pool that follows a loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from typing import Final
+
+from integration_tests.walk_request import WalkRequest
+from scheduler_svc.limits import Limits
+from scheduler_svc.policy import Policy, PreemptionMode
+
+VOCAB_SIZE: Final = 997
+
+
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """How often things go wrong in one walk: weights beside those of ordinary actions."""
+
+    cut: float
+    restart: float
+    abort: float
+    poison: float
+    flush: float
+
+
+def random_limits(rng: random.Random) -> Limits:
+    """Pools that hold between one and ten of the longest requests."""
+    max_num_seqs = rng.randint(1, 8)
+    num_blocks, block_size = rng.randint(4, 40), rng.choice([1, 2, 3, 4, 8])
+    longest = int(num_blocks * block_size * rng.choice([0.15, 0.4, 0.7, 1.0]))
+    return Limits(
+        num_device_blocks=1 + num_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 5, 20, 60]),
+        max_model_len=min(max(longest, 4), 100),
+        vocab_size=VOCAB_SIZE,
+        watermark_blocks=rng.randint(0, 2),
+        num_host_blocks=rng.choice([0, 2, 10, 40]),
+        block_bytes=8 * block_size,
+    )
+
+
+def random_policy(rng: random.Random) -> Policy:
+    """Any way to preempt; mostly with a prefix cache."""
+    return Policy(
+        preemption=rng.choice(list(PreemptionMode)),
+        is_caching=rng.random() < 0.9,
+    )
+
+
+def random_weather(rng: random.Random) -> Weather:
+    """Each kind of trouble never, now and then, or often."""
+
+    def often(weight: float) -> float:
+        return rng.choice([0.0, 0.0, weight / 10, weight])
+
+    return Weather(
+        cut=often(0.5),
+        restart=often(0.05),
+        abort=often(0.1),
+        poison=often(0.05),
+        flush=often(0.05),
+    )
+
+
+def resized(rng: random.Random, limits: Limits, live: list[WalkRequest]) -> Limits:
+    """Another pool; mostly one that still holds every request."""
+    fewest = 2
+    for request in (each.request for each in live):
+        needed = limits.blocks_for(request.max_total_tokens)
+        if request.beam is not None:
+            sizes = (request.num_prompt_tokens, request.max_total_tokens, request.width)
+            needed = limits.beam_blocks(*sizes)
+        fewest = max(fewest, needed + 1)
+    num_blocks = rng.randint(fewest, fewest + 10) if rng.random() < 0.8 else max(2, fewest // 2)
+    return dataclasses.replace(limits, num_device_blocks=num_blocks)
