@@ -4,6 +4,7 @@
     python -m benchmarks.bench_streams    256 streams through the front end; no model
     python -m benchmarks.bench_cpu        the whole system beside transformers, on this CPU
     python -m benchmarks.correctness      greedy output, token for token, against transformers
+    python -m benchmarks.beam_equality    beam searches and their scores, against transformers
 
 Exit codes: 0 all targets met, 1 one missed, 2 it could not run.
 """

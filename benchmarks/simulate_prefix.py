@@ -22,7 +22,7 @@ from blockyard.simulate.trace import Trace
 _BLOCK_SIZE: Final = 16
 _MAX_MODEL_LEN: Final = 131_072
 _POOL_TOKENS: Final = tuple(1 << power for power in range(18, 26))
-"""From a quarter of a million tokens to 33 million: all that the trace ever stores."""
+"""From a quarter of a million tokens to 33 million: more than the trace ever stores."""
 _OF_IDEAL: Final = 0.99
 
 Figures = dict[int, Summary]

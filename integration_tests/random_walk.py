@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from benchmarks import report
 from executor_svc.backends.checking.runner import FakeOptions, FakeRunner, fake_info
 from executor_svc.plan import PlanError
@@ -135,18 +137,15 @@ class Walk:
     def _add_counters(self) -> None:
         counters, counts = self._scheduler.snapshot().counters, self.counts
         counts.preemptions_by_swap = counters.num_preemptions_by_swap
-        counts.preemptions = self._num_preemptions
+        counts.preemptions = (
+            counters.num_preemptions_by_recompute + counters.num_preemptions_by_swap
+        )
         counts.hit_tokens_device = counters.num_hit_tokens_device
         counts.hit_tokens_host = counters.num_hit_tokens_host
         counts.copied_blocks = counters.num_copied
         counts.swapped_out_blocks = counters.num_swapped_out
         counts.swapped_in_blocks = counters.num_swapped_in
         counts.evictions = counters.num_evicted
-
-    @property
-    def _num_preemptions(self) -> int:
-        counters = self._scheduler.snapshot().counters
-        return counters.num_preemptions_by_recompute + counters.num_preemptions_by_swap
 
     @property
     def _is_busy(self) -> bool:
@@ -194,8 +193,7 @@ class Walk:
     def _plan(self) -> None:
         scheduler, counts = self._scheduler, self.counts
         oldest = min(scheduler.running.values(), key=lambda branch: branch.key, default=None)
-        before = set(scheduler.running)
-        num_preemptions = self._num_preemptions
+        before = dict(scheduler.running)
         plan = scheduler.plan(now_ns=counts.steps)
         self._check_pool()
         if oldest is not None:
@@ -204,8 +202,9 @@ class Walk:
         if plan is None:
             return
         assert plan.num_tokens <= self._limits.max_num_batched_tokens
-        has_preempted = self._num_preemptions > num_preemptions
-        admitted = {new.branch.key for new in plan.new_rows if new.logits_from is None} - before
+        has_preempted = any(b.status is RequestStatus.WAITING for b in before.values())
+        new_keys = {new.branch.key for new in plan.new_rows if new.logits_from is None}
+        admitted = new_keys - before.keys()
         assert not (has_preempted and admitted), "admitted in a step that preempted"
         self._isolation.follow(plan, scheduler.rows)
         counts.steps += 1
@@ -344,10 +343,10 @@ def check_books(scheduler: Scheduler, requests: list[Request]) -> None:
     scheduler.kv.check_conservation(branches)
     accounting = scheduler.snapshot()
     device, host = accounting.device, accounting.host
-    classes = dataclasses.asdict(device)
-    classes.pop("num_saved_by_sharing")
-    assert sum(classes.values()) == 2 * classes["num_slots"], device
-    assert min(dataclasses.asdict(device).values()) >= 0, device
+    held = (device.num_stored, device.num_in_flight, device.num_unused)
+    others = (device.num_cached, device.num_free, device.num_padding)
+    assert sum(held) + sum(others) == device.num_slots, device
+    assert min(*held, *others, device.num_saved_by_sharing) >= 0, device
     assert host.num_swapped + host.num_cached + host.num_free == host.num_slots, host
     rows = [branch.row for branch in scheduler.running.values()]
     stored = distinct_slots(scheduler, rows)
@@ -355,14 +354,13 @@ def check_books(scheduler: Scheduler, requests: list[Request]) -> None:
 
 
 def distinct_slots(scheduler: Scheduler, rows: list[int]) -> int:
-    """Slots that rows have filled or are filling, each once, counted one by one."""
-    block_size = scheduler.limits.block_size
-    slots = set()
+    """Slots that rows have filled or are filling, each counted once."""
+    block_size, slots = scheduler.limits.block_size, [np.empty(0, np.int64)]
     for row in rows:
-        table = scheduler.kv.table(row)
-        for position in range(int(scheduler.rows.num_planned[row])):
-            slots.add((int(table[position // block_size]), position % block_size))
-    return len(slots)
+        positions = np.arange(scheduler.rows.num_planned[row])
+        block_ids = scheduler.kv.table(row)[positions // block_size]
+        slots.append(block_ids * block_size + positions % block_size)
+    return len(np.unique(np.concatenate(slots)))
 
 
 def main(arguments: list[str]) -> int:

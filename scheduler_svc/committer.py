@@ -152,7 +152,10 @@ class Committer:
         )
 
     def _fail_rows(self) -> None:
-        """End the requests whose logits were not finite; the others of the step go on."""
+        """End the requests whose logits were not finite; the others of the step go on.
+
+        What a branch computed that has ended meanwhile must not be found either.
+        """
         plan, failed_rows = self._plan, self._result.failed_rows
         for row, generation in zip(
             plan.sampling_rows.tolist(), plan.sampling_generations.tolist(), strict=True
@@ -163,7 +166,11 @@ class Committer:
                 branch = self._rows.branches[row]
             else:
                 branch = self._residents.detached.pop((row, generation), None)
-            if branch is not None and not branch.status.is_finished:
+            if branch is None:
+                continue  # a lane that was preempted, or another branch failed its request
+            if branch.status.is_finished:
+                self._residents.kv.forget_blocks(branch.block_hashes)
+            else:
                 self._life.fail(
                     branch, "the model produced logits that are not finite", self._tokens
                 )

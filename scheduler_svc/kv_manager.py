@@ -257,9 +257,11 @@ class KVManager:
             self.pool.name(self._table[row, begin:count], hashes[begin:count])
             self._num_named[row] = count
 
-    def forget_blocks(self, row: int) -> None:
-        """Let none of the row's blocks be found: its KV is wrong."""
-        self.pool.forget(self.table(row))
+    def forget_blocks(self, hashes: list[BlockHash]) -> None:
+        """Let nothing be found by these hashes, in either pool: the KV is wrong."""
+        for pool in (self.pool, self.host):
+            found = [i for i in map(pool.find, hashes) if i is not None]
+            pool.forget(np.array(found, np.int32))
 
     # ---- the host pool
 

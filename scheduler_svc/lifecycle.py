@@ -112,9 +112,15 @@ class Lifecycle:
     # ---- out of it
 
     def end(self, branch: Branch, status: RequestStatus, *, is_valid: bool = True) -> None:
-        """End a branch now; tokens still under way for it are dropped."""
+        """End a branch now; tokens still under way for it are dropped.
+
+        Its blocks stay cached unless its KV is not `is_valid`.
+        """
         if branch.status is RequestStatus.RUNNING:
-            self.residents.release(branch, is_valid=is_valid)
+            self.residents.detach(branch)
+            self.residents.release(branch)
+        if not is_valid:
+            self.residents.kv.forget_blocks(branch.block_hashes)
         self.residents.kv.unpin(branch)
         branch.move_to(status)
         if branch.is_queued:

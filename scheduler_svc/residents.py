@@ -26,7 +26,7 @@ class Residents:
         self.prefilling: list[Branch] = []  # in order of admission
         self.freed_rows: list[int] = []  # not told to the executor yet
         self.in_flight: deque[StepPlan] = deque()
-        # Preempted branches with tokens under way: (row, generation) -> branch.
+        # Branches that left their row with tokens under way: (row, generation) -> branch.
         self.detached: dict[tuple[int, int], Branch] = {}
         self._is_caching = is_caching
 
@@ -77,17 +77,14 @@ class Residents:
         self.hash_blocks(branch, num_known)
         return branch.block_hashes[: num_known // self.kv.block_size]
 
-    def release(self, branch: Branch, *, is_valid: bool = True) -> None:
+    def release(self, branch: Branch) -> None:
         """Take row and blocks from a running branch; the caller changes its status.
 
-        Its full blocks stay cached for whoever comes with the same tokens, unless the KV is not
-        `is_valid`. A beam's caller has set token_ids and block_hashes, for its row has no tokens.
+        Its full blocks stay cached for whoever comes with the same tokens. A beam's caller has set
+        token_ids and block_hashes, for its row has no tokens.
         """
         row, hashes = branch.row, self.settle(branch)
-        if is_valid:
-            self.kv.name_blocks(row, hashes, len(hashes))
-        else:
-            self.kv.forget_blocks(row)
+        self.kv.name_blocks(row, hashes, len(hashes))
         self.rows.leave(branch)
         branch.request.blocks.held_block_ns += self.kv.release(row)
         del self.running[branch.key]
@@ -104,7 +101,7 @@ class Residents:
         self.rows.num_planned[branch.row] = 0
 
     def detach(self, branch: Branch) -> None:
-        """Note which tokens are under way for a running branch that is about to be preempted."""
+        """Note which tokens are under way for a running branch that is about to leave its row."""
         row, generation = branch.row, int(self.rows.generations[branch.row])
         if step_ids := [p.step_id for p in self.in_flight if p.samples(row, generation)]:
             self.detached[row, generation] = branch

@@ -22,6 +22,9 @@ EOS: Final = 2
 TOKEN: Final = 100
 """What every row samples unless told otherwise."""
 
+PLAN_NS: Final = 1000
+"""What the clock advances by with each call of `plan`."""
+
 Scores = Mapping[int, float]
 """Candidates of one row: token id -> log-probability."""
 
@@ -69,6 +72,7 @@ class Driver:
 
     def try_plan(self) -> StepPlan | None:
         """The next plan, if there is one."""
+        self.now_ns += PLAN_NS
         plan = self.scheduler.plan(self.now_ns)
         if plan is not None:
             self._follow(plan)

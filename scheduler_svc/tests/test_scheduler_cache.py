@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from scheduler_svc.policy import Policy
-from scheduler_svc.request import Request, RequestStatus
+from scheduler_svc.request import RequestStatus
 from scheduler_svc.tests.driver import EOS, RECOMPUTE, TOKEN, Driver, new_row_of
 
 PROMPT = list(range(10, 42))
 """Eight blocks."""
 
 
-def num_cached(driver: Driver, prompt: list[int], **fields: object) -> int:
+def num_cached(driver: Driver, prompt: list[int], **fields: Any) -> int:
     """What of this prompt is found now; leaves behind what its request computed."""
     return driver.run(prompt, **fields).num_cached_tokens
 
@@ -73,31 +75,24 @@ def test_a_failed_row_makes_what_it_shared_unfindable() -> None:
     driver.run(PROMPT[:12])
     bad = driver.submit(PROMPT[:16])
     driver.plan()
-    assert bad.num_cached_tokens == 8
+    assert bad.num_cached_tokens == 12
     driver.commit(failed_rows=[bad.branches[0].row])
     assert num_cached(driver, PROMPT[:12]) == 0
 
 
-def _aborted(driver: Driver, bad: Request) -> None:
-    driver.scheduler.abort(bad)
-
-
-def _stopped(driver: Driver, bad: Request) -> None:
-    driver.commit()
-    driver.plan()
-    driver.commit(EOS)
-
-
-@pytest.mark.parametrize("leave", [_aborted, _stopped])
-def test_a_row_that_fails_after_its_request_left_leaves_nothing_behind(leave) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("leaves_by_itself", [False, True])
+def test_a_row_that_fails_after_its_request_ended_is_forgotten_too(leaves_by_itself: bool) -> None:
     driver = Driver()
     bad = driver.submit(PROMPT[:12])
-    row = driver.plan().rows[0]
+    row = int(driver.plan().rows[0])
     driver.plan()
-    leave(driver, bad)
+    if leaves_by_itself:
+        driver.commit(EOS)
+    else:
+        driver.scheduler.abort(bad)
     assert bad.is_finished
     while driver.scheduler.in_flight:
-        driver.commit(failed_rows=[row])
+        assert not driver.commit(failed_rows=[row]).finished
     assert num_cached(driver, PROMPT[:12]) == 0
 
 
@@ -185,8 +180,8 @@ def test_an_aborted_prompt_keeps_what_was_computed() -> None:
 
 
 def test_a_private_request_finds_its_own_blocks_again() -> None:
-    driver = Driver(RECOMPUTE, num_device_blocks=10, max_model_len=33)
-    driver.submit(8, max_tokens=24)
+    driver = Driver(RECOMPUTE, num_device_blocks=8, max_model_len=29)
+    driver.submit(8, max_tokens=20)
     branch = driver.submit(8, max_tokens=8, is_cache_private=True).branches[0]
     while not branch.num_preemptions:
         driver.step()
@@ -209,15 +204,16 @@ def test_blank_blocks_are_taken_before_cached_ones() -> None:
     assert num_cached(driver, PROMPT[:9]) == 8
 
 
-def test_what_was_used_longest_ago_goes_first_and_its_end_before_its_beginning() -> None:
+@pytest.mark.parametrize(("first_token", "expected"), [(10, 4), (18, 8)])
+def test_what_was_used_longest_ago_goes_first_and_its_end_before_its_beginning(
+    first_token: int, expected: int
+) -> None:
     driver = Driver(num_device_blocks=9, max_model_len=29)
-    old, young = PROMPT[:8], PROMPT[8:16]
-    driver.run(old)
-    driver.run(young)
+    driver.run(PROMPT[:8])
+    driver.run(PROMPT[8:16])
     driver.run(20)  # of eight blocks four are blank
     assert driver.scheduler.snapshot().counters.num_evicted == 1
-    assert num_cached(driver, [*young, 9]) == 8
-    assert num_cached(driver, [*old, 9]) == 4
+    assert num_cached(driver, [*range(first_token, first_token + 8), 9]) == expected
 
 
 def test_a_hit_makes_blocks_young_again() -> None:
