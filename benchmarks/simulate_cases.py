@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NoReturn
+
+from tqdm import tqdm
 
 from benchmarks.report import RESULTS_DIR, ROOT
 from blockyard.simulate.device import DEFAULT_PROFILE, DeviceProfile, load_profile
 from blockyard.simulate.generator import generate
 from blockyard.simulate.plot import load_pyplot
+from blockyard.simulate.run import simulate
+from blockyard.simulate.setup import Setup
+from blockyard.simulate.summary import Summary, summarise
 from blockyard.simulate.trace import Trace
 from blockyard.simulate.trace_files import read_trace
 
@@ -44,6 +49,13 @@ def load(kind: str, flags: argparse.Namespace) -> Trace:
     if path == _FILES[kind] and not path.exists():
         return generate(kind, _GENERATED[kind], seed=0)
     return read_trace(path, kind)
+
+
+def run(label: str, trace: Trace, setup: Setup) -> Summary:
+    """Simulate, with a progress bar that says `label`."""
+    bar: tqdm[NoReturn]
+    with tqdm(total=len(trace), desc=label, unit="req", mininterval=1) as bar:
+        return summarise(simulate(trace, setup, bar.update))
 
 
 def draw(name: str, panels: Mapping[str, Curves], x_label: str, y_label: str) -> None:

@@ -17,11 +17,10 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.report import Target
-from benchmarks.simulate_cases import PROFILE, Curves, draw, load, parser
+from benchmarks.simulate_cases import PROFILE, Curves, draw, load, parser, run
 from blockyard.simulate.device import DeviceProfile
-from blockyard.simulate.run import simulate
 from blockyard.simulate.setup import Sizes, make_setup
-from blockyard.simulate.summary import Summary, summarise
+from blockyard.simulate.summary import Summary
 from blockyard.simulate.trace import Trace
 
 _FACTORS: Final = (1.3, 2.0, 8.0)
@@ -65,12 +64,13 @@ def _run(
 ) -> Summary:
     preemption, host_per_device = _WAYS[way]
     sizes = _sizes(trace, factor, block_size, host_per_device)
-    return summarise(simulate(trace, make_setup("blockyard", sizes, profile, preemption)))
+    label = f"{trace.name} {factor:g}x, {way}, blocks of {block_size}"
+    return run(label, trace, make_setup("blockyard", sizes, profile, preemption))
 
 
 def _run_oracle(trace: Trace, factor: float) -> Summary:
     setup = make_setup("orca-oracle", _sizes(trace, factor, 16, 0), PROFILE)
-    return summarise(simulate(trace, setup))
+    return run(f"{trace.name} {factor:g}x, oracle", trace, setup)
 
 
 def _by_factor(trace: Trace) -> tuple[dict[str, Any], list[Target]]:

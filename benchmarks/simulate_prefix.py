@@ -13,16 +13,16 @@ from typing import Any, Final
 
 from benchmarks import report
 from benchmarks.report import Target
-from benchmarks.simulate_cases import KV_GIB, PROFILE, draw, load, parser
-from blockyard.simulate.run import simulate
+from benchmarks.simulate_cases import KV_GIB, PROFILE, draw, load, parser, run
 from blockyard.simulate.setup import Sizes, blocks_in, make_setup
-from blockyard.simulate.summary import Summary, summarise
+from blockyard.simulate.summary import Summary
 from blockyard.simulate.trace import Trace
 
 _BLOCK_SIZE: Final = 16
 _MAX_MODEL_LEN: Final = 131_072
 _POOL_TOKENS: Final = tuple(1 << power for power in range(18, 26))
 """From a quarter of a million tokens to 33 million: more than the trace ever stores."""
+_BOTH_TOKENS: Final = tuple(1 << power for power in (20, 22, 23, 24))
 _OF_IDEAL: Final = 0.99
 
 Figures = dict[int, Summary]
@@ -36,7 +36,8 @@ def _run(trace: Trace, num_blocks: int, num_host_blocks: int = 0) -> Summary:
         max_model_len=_MAX_MODEL_LEN,
         num_host_blocks=num_host_blocks,
     )
-    return summarise(simulate(trace, make_setup("blockyard", sizes, PROFILE)))
+    label = f"{num_blocks:,} + {num_host_blocks:,} blocks"
+    return run(label, trace, make_setup("blockyard", sizes, PROFILE))
 
 
 def _device_alone(trace: Trace) -> Figures:
@@ -48,8 +49,7 @@ def _with_host(trace: Trace) -> Figures:
     num_device = blocks_in(KV_GIB, _BLOCK_SIZE, PROFILE)
     return {
         tokens: _run(trace, num_device, tokens // _BLOCK_SIZE - num_device)
-        for tokens in _POOL_TOKENS
-        if tokens // _BLOCK_SIZE > num_device
+        for tokens in _BOTH_TOKENS
     }
 
 

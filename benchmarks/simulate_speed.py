@@ -11,16 +11,13 @@ import pstats
 import resource
 import sys
 from dataclasses import asdict
-from typing import Any, Final, NoReturn
-
-from tqdm import tqdm
+from typing import Any, Final
 
 from benchmarks import report
 from benchmarks.report import ROOT, Target
-from benchmarks.simulate_cases import KV_GIB, PROFILE, load, parser
+from benchmarks.simulate_cases import KV_GIB, PROFILE, load, parser, run
 from blockyard.simulate.run import simulate
 from blockyard.simulate.setup import Sizes, blocks_in, make_setup
-from blockyard.simulate.summary import summarise
 
 _NUM_REQUESTS: Final = 1_000_000
 _NUM_PROFILED: Final = 20_000
@@ -62,9 +59,7 @@ def main() -> int:
         f"{_NUM_PROFILED:,} requests under the profiler", ("", "calls", "own s", "all s"), rows
     )
     many = trace.take(flags.requests).all_at_once()
-    bar: tqdm[NoReturn]
-    with tqdm(total=len(many), unit="req", mininterval=5) as bar:
-        summary = summarise(simulate(many, setup, bar.update))
+    summary = run(trace.name, many, setup)
     step_us = summary.wall_s / summary.num_steps * 1e6
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     report.print_table(

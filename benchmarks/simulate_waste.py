@@ -13,11 +13,10 @@ from typing import Any, Final
 
 from benchmarks import report
 from benchmarks.report import Target
-from benchmarks.simulate_cases import KV_GIB, PROFILE, load, parser
+from benchmarks.simulate_cases import KV_GIB, PROFILE, load, parser, run
 from blockyard.simulate.policies import POLICY_NAMES
-from blockyard.simulate.run import simulate
 from blockyard.simulate.setup import Setup, Sizes, blocks_in, make_setup
-from blockyard.simulate.summary import Summary, short_prompt_waste, summarise
+from blockyard.simulate.summary import Summary, short_prompt_waste
 from blockyard.simulate.trace import Trace
 
 _MAX_MODEL_LENS: Final = (2048, 8192)
@@ -44,7 +43,7 @@ def _by_policy(trace: Trace, max_model_len: int) -> dict[str, Any]:
     rows, results = [], {}
     for policy in POLICY_NAMES:
         setup = _setup(policy, 16, max_model_len)
-        summary, short = summarise(simulate(trace, setup)), short_prompt_waste(setup)
+        summary, short = run(policy, trace, setup), short_prompt_waste(setup)
         rows.append((policy, *_cells(summary), *(100 * waste for waste in short.values())))
         results[policy] = {**asdict(summary), "short_prompt_waste": short}
     report.print_table(
@@ -75,7 +74,7 @@ def _cells(summary: Summary) -> tuple[object, ...]:
 def _by_block_size(trace: Trace) -> dict[str, Any]:
     """Print and return the figures of the service's own policy for several block sizes."""
     summaries = {
-        size: summarise(simulate(trace, _setup("blockyard", size, max(_MAX_MODEL_LENS))))
+        size: run(f"blocks of {size}", trace, _setup("blockyard", size, max(_MAX_MODEL_LENS)))
         for size in _BLOCK_SIZES
     }
     rows = [(str(size), *_cells(summary)) for size, summary in summaries.items()]

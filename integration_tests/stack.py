@@ -12,6 +12,7 @@ from typing import Any, Final
 from blockyard.engine.v1 import engine_pb2 as pb
 from executor_svc.backends.checking.runner import FakeOptions, fake_info
 from executor_svc.plan import Plan
+from executor_svc.runner import RunnerInfo
 from integration_tests.engine_client import EngineClient, Output
 from integration_tests.harness import RecordingRunner, engine_in_process, executor_in_process
 from integration_tests.reference import SamplingParams, reference_output
@@ -46,11 +47,12 @@ async def stack(
     options: FakeOptions | None = None,
     *,
     runner_type: type[RecordingRunner] = RecordingRunner,
+    info: RunnerInfo = INFO,
     executor: str = "",
     **settings: Any,
 ) -> AsyncIterator[Stack]:
     """Everything up; `executor` is where the engine looks for it, if not where it is."""
-    runner = runner_type(INFO, options)
+    runner = runner_type(info, options)
     listen = f"unix:{directory}/executor.sock"
     address = f"unix:{directory}/engine.sock"
     async with (

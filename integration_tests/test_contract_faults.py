@@ -54,7 +54,7 @@ async def test_a_cut_stream_goes_on_in_the_same_epoch(window: int, tmp_path: Pat
         await check_all(requests)
         assert num_cuts >= 4
         shot = await system.client.snapshot()
-        assert shot.num_recoveries == 0
+        assert shot.counters.num_recoveries == 0
         step_ids = [plan.step_id for plan in system.runner.plans]
         assert step_ids == list(range(1, len(step_ids) + 1))  # none twice, none missing
 
@@ -70,7 +70,7 @@ async def test_a_stalled_stream_is_noticed_and_goes_on_in_the_same_epoch(tmp_pat
         await system.client.watch_until(State.STATE_UNRESPONSIVE, "silent")
         proxy.resume()
         await check_all(requests)
-        assert (await system.client.idle()).num_recoveries == 0
+        assert (await system.client.idle()).counters.num_recoveries == 0
 
 
 async def test_a_new_executor_begins_a_new_epoch_and_outputs_go_on(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ async def test_a_new_executor_begins_a_new_epoch_and_outputs_go_on(tmp_path: Pat
                 epochs.append(client.epoch)
             await check_all(requests)
             shot = await system.client.idle()
-            assert shot.num_recoveries == 2
+            assert shot.counters.num_recoveries == 2
             assert {plan.epoch for plan in runner.plans} == {shot.epoch}
 
 
@@ -99,7 +99,7 @@ async def test_a_fault_is_survived(tmp_path: Path) -> None:
     options = FakeOptions(step_s=0.002, failures={9: RuntimeError("a step failed")})
     async with stack(tmp_path, options) as system:
         await check_all(await submit_many(system.client, 12))
-        assert (await system.client.idle()).num_recoveries == 1
+        assert (await system.client.idle()).counters.num_recoveries == 1
 
 
 class PoisonRunner(RecordingRunner):
@@ -125,7 +125,7 @@ async def test_a_request_that_ends_three_epochs_fails_and_the_others_complete(
         assert finish.num_recoveries == 3
         assert "executor was lost" in finish.error_message
         await check_all(before)
-        assert (await system.client.idle()).num_recoveries == 3
+        assert (await system.client.idle()).counters.num_recoveries == 3
 
 
 def break_plan(patch: pytest.MonkeyPatch, step_id: int) -> None:
@@ -149,7 +149,7 @@ async def test_a_rejected_plan_costs_an_epoch_in_production(
     break_plan(monkeypatch, step_id=5)
     async with stack(tmp_path, strict=False) as system:
         await check_all(await submit_many(system.client, 8))
-        assert (await system.client.idle()).num_recoveries == 1
+        assert (await system.client.idle()).counters.num_recoveries == 1
 
 
 async def test_a_rejected_plan_ends_a_strict_engine(
@@ -224,7 +224,7 @@ async def test_a_new_engine_waits_for_a_live_one_and_then_gets_a_clean_executor(
             proxy.stall()  # the first engine falls silent, its stream stays
             await client.ready()
             await check_all(await submit_many(client, 8))
-            assert (await client.idle()).num_recoveries == 0
+            assert (await client.idle()).counters.num_recoveries == 0
         proxy.resume()
 
 
@@ -235,4 +235,4 @@ async def test_a_slow_link_is_slow_but_works(tmp_path: Path) -> None:
     async with proxy, stack(tmp_path, executor=proxy.address) as system:
         await system.client.ready()
         await check_all(await submit_many(system.client, 4))
-        assert (await system.client.idle()).num_recoveries == 0
+        assert (await system.client.idle()).counters.num_recoveries == 0

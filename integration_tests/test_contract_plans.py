@@ -114,6 +114,48 @@ async def test_swapped_blocks_come_back_elsewhere(stream: StepStream) -> None:
     assert await stream.run(4, back) == [EXPECTED[1]]
 
 
+async def test_blocks_are_saved_before_others_come_back_to_their_places(stream: StepStream) -> None:
+    await stream.run(1, begin(0, PROMPT, [1, 2]))
+    out = pb.StepPlan(swap_out=pb.BlockPairs(src=[1, 2], dst=[4, 3]), freed_rows=[0])
+    await stream.run(2, out)
+    first = (await stream.run(3, begin(1, OTHER, [1, 2])))[0]
+    exchange = pb.StepPlan(
+        swap_out=pb.BlockPairs(src=[1, 2], dst=[0, 1]),
+        freed_rows=[1],
+        new_rows=new_rows(
+            {"row": 0, "tokens": [*PROMPT, EXPECTED[0]], "blocks": [1, 2], "computed": 6}
+        ),
+        swap_in=pb.BlockPairs(src=[4, 3], dst=[1, 2]),
+        batch=batch((0, 1)),
+    )
+    assert await stream.run(4, exchange) == [EXPECTED[1]]
+    back = pb.StepPlan(
+        new_rows=new_rows({"row": 1, "tokens": [*OTHER, first], "blocks": [5, 6], "computed": 7}),
+        swap_in=pb.BlockPairs(src=[1, 0], dst=[6, 5]),
+        batch=batch((0, 1), (1, 1), num_decode_rows=1),
+    )
+    assert await stream.run(5, back) == [EXPECTED[2], after(*OTHER, first)]
+
+
+async def test_a_block_is_saved_before_a_copy_overwrites_it(stream: StepStream) -> None:
+    await stream.run(1, begin(0, PROMPT, [1, 2]))
+    await stream.run(2, begin(1, OTHER, [3, 4]))
+    both = pb.StepPlan(
+        swap_out=pb.BlockPairs(src=[1, 2], dst=[0, 1]),
+        copy=pb.BlockPairs(src=[3, 4], dst=[1, 2]),
+        freed_rows=[0, 1],
+        new_rows=new_rows({"row": 2, "tokens": [*OTHER, 9], "blocks": [1, 2], "computed": 7}),
+        batch=batch((2, 1)),
+    )
+    assert await stream.run(3, both) == [after(*OTHER, 9)]
+    back = pb.StepPlan(
+        new_rows=new_rows({"row": 0, "tokens": [*PROMPT, 9], "blocks": [7, 8], "computed": 6}),
+        swap_in=pb.BlockPairs(src=[0, 1], dst=[7, 8]),
+        batch=batch((0, 1)),
+    )
+    assert await stream.run(4, back) == [after(*PROMPT, 9)]
+
+
 async def test_copies_are_made_before_the_first_write(stream: StepStream) -> None:
     await stream.run(1, begin(0, PROMPT, [1, 2]))
     known = [*PROMPT, EXPECTED[0]]
@@ -145,6 +187,28 @@ async def test_forks_read_every_source_before_they_write(stream: StepStream) -> 
     )
     wanted = [after(*OTHER, 100), after(*PROMPT, 101), after(*PROMPT, 102)]
     assert await stream.run(2, exchange) == wanted
+
+
+async def test_a_chain_of_forks_is_one_gather(stream: StepStream) -> None:
+    driven = {"flags": pb.ROW_FLAG_DRIVEN}
+    sequences = [PROMPT, OTHER, [8, 9, 10]]
+    rows = new_rows(
+        *(
+            {"row": row, "tokens": tokens, "blocks": [2 * row + 1, 2 * row + 2], **driven}
+            for row, tokens in enumerate(sequences)
+        )
+    )
+    counts = [(row, len(tokens)) for row, tokens in enumerate(sequences)]
+    await stream.run(1, pb.StepPlan(new_rows=rows, batch=batch(*counts)))
+    # Each row goes on where the one before it was, and the last one is lost.
+    chain = pb.StepPlan(
+        forks=pb.Forks(src_rows=[0, 1], dst_rows=[1, 2], tail_dst_block_ids=[9, 0]),
+        copy=pb.BlockPairs(src=[2], dst=[9]),
+        inputs=pb.Inputs(rows=[0, 1, 2], token_ids=[100, 101, 102]),
+        batch=batch((0, 1), (1, 1), (2, 1), num_decode_rows=3),
+    )
+    wanted = [after(*PROMPT, 100), after(*PROMPT, 101), after(*OTHER, 102)]
+    assert await stream.run(2, chain) == wanted
 
 
 async def test_samples_take_their_first_token_from_another_row(stream: StepStream) -> None:
@@ -212,6 +276,22 @@ BAD_PLANS: Final[dict[str, tuple[Callable[[], pb.StepPlan], str]]] = {
     "input for a free row": (
         lambda: decode(0, inputs=pb.Inputs(rows=[0], token_ids=[1])),
         "not driven",
+    ),
+    "fork of a row that is not driven": (
+        lambda: decode(0, forks=pb.Forks(src_rows=[0], dst_rows=[1], tail_dst_block_ids=[0])),
+        "not driven",
+    ),
+    "fork of a free row": (
+        lambda: decode(0, forks=pb.Forks(src_rows=[1], dst_rows=[2], tail_dst_block_ids=[0])),
+        "not live",
+    ),
+    "forks of two lengths": (
+        lambda: decode(0, forks=pb.Forks(src_rows=[0, 0], dst_rows=[1])),
+        "forks",
+    ),
+    "sample without logits": (
+        lambda: begin(1, [*PROMPT, 7], [3, 4], logits_from=3),
+        "logits_from",
     ),
     "columns of two lengths": (lambda: decode(0, copy=pb.BlockPairs(src=[1, 2], dst=[3])), "copy"),
     "good beginning, bad batch": (

@@ -101,6 +101,8 @@ def test_only_these_files_know_block_ids() -> None:
         "scheduler_svc/block_pool.py",
         "scheduler_svc/kv_manager.py",
         "scheduler_svc/plan_codec.py",
+        "scheduler_svc/planner.py",
+        "scheduler_svc/request.py",
         "scheduler_svc/scheduler.py",
         "scheduler_svc/step_plan.py",
     }

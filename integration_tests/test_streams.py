@@ -17,7 +17,7 @@ import pytest
 
 from blockyard.engine.v1 import engine_pb2 as engine_pb
 from blockyard.v1 import generate_pb2 as pb
-from integration_tests.engine_client import EngineClient
+from integration_tests.engine_client import EngineClient, num_held_slots
 from integration_tests.harness import Processes, fake_model_dir, running
 from integration_tests.public_client import Answer, PublicClient
 from integration_tests.reference import reference_output
@@ -81,7 +81,7 @@ async def test_256_streams_lose_and_reorder_nothing(tmp_path: Path) -> None:
             assert answer.usage.output_tokens == NUM_TOKENS
             assert answer.finish_reason == pb.FINISH_REASON_LENGTH
         shot = await engine.idle()
-        assert shot.num_finished == NUM_STREAMS
+        assert shot.counters.num_finished == NUM_STREAMS
         # They ran together: one after another they would take 256 times as long.
         assert elapsed_s < 5 * NUM_TOKENS * STEP_S
 
@@ -96,10 +96,10 @@ async def time_until_free(
     answer = Answer()
     call = public.start(prompt(1), 3000, timeout_s)
     stream = asyncio.create_task(public.follow(call, answer))
-    await engine.snapshot_when(lambda shot: shot.num_used_blocks > 0)
+    await engine.snapshot_when(lambda shot: num_held_slots(shot) > 0)
     await end(stream)
     begin = time.monotonic()
-    await engine.snapshot_when(lambda shot: shot.num_used_blocks == 0)
+    await engine.snapshot_when(lambda shot: num_held_slots(shot) == 0)
     return time.monotonic() - begin, answer
 
 

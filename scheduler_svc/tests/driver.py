@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from scheduler_svc.beam import BeamParams
 from scheduler_svc.limits import Limits
 from scheduler_svc.policy import Policy, PreemptionMode
 from scheduler_svc.request import Branch, Request
@@ -214,11 +215,22 @@ def admitted(plan: StepPlan) -> list[Request]:
     return [new.branch.request for new in plan.new_rows]
 
 
+def go_on(driver: Driver) -> StepOutput:
+    """Answer the oldest plan in flight so that each beam has one successor, and none forks."""
+    counts = driver.scheduler.in_flight[0].num_candidates
+    num_asking = 0 if counts is None else int((counts > 0).sum())
+    return driver.commit(scores=[{60: -0.1}] * num_asking)
+
+
 def num_preemptions(driver: Driver) -> int:
     """Of all requests, either way."""
     counters = driver.scheduler.snapshot().counters
     return counters.num_preemptions_by_recompute + counters.num_preemptions_by_swap
 
+
+WIDTH_2: Final = BeamParams(2, num_returned=2)
+PARTING: Final = [{50: -1.0, 51: -2.0}]
+"""First candidates of a search: two beams that share no output."""
 
 SWAP: Final = Policy(PreemptionMode.SWAP)
 RECOMPUTE: Final = Policy(PreemptionMode.RECOMPUTE)
