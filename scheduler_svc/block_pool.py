@@ -26,14 +26,14 @@ class BlockPool:
         self,
         num_blocks: int,
         num_reserved: int = 0,
-        on_evict: Callable[[int, BlockHash], None] | None = None,
+        on_evict: Callable[[list[int], list[BlockHash]], None] | None = None,
     ) -> None:
         """Create a pool of ids 0 to num_blocks - 1.
 
         Args:
             num_blocks: reserved ones included.
             num_reserved: the first ids, which are never allocated.
-            on_evict: called with a block's id and name before the block is handed out again.
+            on_evict: called with blocks' ids and names before they are handed out again.
         """
         assert 0 <= num_reserved <= num_blocks, (num_reserved, num_blocks)
         self.num_blocks = num_blocks
@@ -84,17 +84,20 @@ class BlockPool:
 
     def _evict(self, count: int) -> BlockIds:
         """Take the cached blocks that were let go longest ago [count]."""
-        evicted = np.fromiter(islice(self._cached, count), np.int32, count)
-        ids, hashes, cached = self._ids, self._hashes, self._cached
-        for block_id in evicted.tolist():
+        evicted = list(islice(self._cached, count))
+        ids, known, cached = self._ids, self._hashes, self._cached
+        hashes = []
+        for block_id in evicted:
             del cached[block_id]
-            block_hash = hashes.pop(block_id)
+            block_hash = known.pop(block_id)
             del ids[block_hash]
-            if self._on_evict is not None:
-                self._on_evict(block_id, block_hash)
-        self._is_named[evicted] = False
+            hashes.append(block_hash)
+        block_ids = np.array(evicted, np.int32)
+        self._is_named[block_ids] = False
         self.num_evicted += count
-        return evicted
+        if self._on_evict is not None:
+            self._on_evict(evicted, hashes)
+        return block_ids
 
     def share(self, block_ids: BlockIds) -> int:
         """Add one holder to each of these distinct blocks, held or cached.
@@ -165,7 +168,8 @@ class BlockPool:
 
     def ref_counts(self, block_ids: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
         """Holders of each of these blocks [n]."""
-        return self._ref_counts[block_ids]
+        counts: npt.NDArray[np.int32] = self._ref_counts[block_ids]
+        return counts
 
     def check_conservation(self, holders: npt.NDArray[np.integer]) -> None:
         """Assert that `holders` [n], one id per reference held, is exactly what the pool counts.

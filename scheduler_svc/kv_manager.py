@@ -53,7 +53,7 @@ class KVManager:
         self._copies_now: list[tuple[int, int]] = []
         self._copies_due: list[tuple[int, int]] = []
         self._written_host_ids: set[int] = set()  # by the plan being built; held until it is sent
-        self._read_host_ids: list[int] = []  # likewise
+        self._read_host_ids: set[int] = set()  # likewise
         self.num_copied = 0
         self.num_swapped_out = 0
         self.num_swapped_in = 0
@@ -72,9 +72,9 @@ class KVManager:
         for pair in self._copies_now:
             self.pool.release(np.array(pair, np.int32))
         self._copies_now = []
-        for host_id in [*self._written_host_ids, *self._read_host_ids]:
-            self.host.release(np.array([host_id], np.int32))
-        self._written_host_ids, self._read_host_ids = set(), []
+        for host_ids in (self._written_host_ids, self._read_host_ids):
+            self.host.release(np.array(list(host_ids), np.int32))
+        self._written_host_ids, self._read_host_ids = set(), set()
         self.num_copied += len(moves.copy)
         self.num_swapped_out += len(moves.swap_out)
         self.num_swapped_in += len(moves.swap_in)
@@ -137,7 +137,7 @@ class KVManager:
         """Replace the host ids at these indexes of a prefix by device blocks that get a copy."""
         host_ids = block_ids[indexes]
         self.host.share(host_ids)
-        self._read_host_ids.extend(host_ids.tolist())
+        self._read_host_ids.update(host_ids.tolist())
         fetched = self.pool.allocate(len(host_ids))
         self._moves.swap_in.extend(zip(host_ids.tolist(), fetched.tolist(), strict=True))
         branch.request.blocks.num_swapped_in += len(host_ids)
@@ -276,14 +276,12 @@ class KVManager:
 
         Blocks that other rows hold stay where they are. The caller checked the host's room.
         """
-        for index in self.private_blocks(row, hashes):
-            host_id = self._copy_to_host(int(self._table[row, index]), hashes[index])
-            self._written_host_ids.add(host_id)
-            branch.request.blocks.num_swapped_out += 1
-        for block_hash in hashes:
-            if (host_id_or_none := self.host.find(block_hash)) is not None:
-                self.host.share(np.array([host_id_or_none], np.int32))
-                branch.host_block_ids.append(host_id_or_none)
+        private = self.private_blocks(row, hashes)
+        self._copy_to_host(self._table[row, private].tolist(), [hashes[i] for i in private])
+        branch.request.blocks.num_swapped_out += len(private)
+        found = [host_id for h in hashes if (host_id := self.host.find(h)) is not None]
+        self.host.share(np.array(found, np.int32))
+        branch.host_block_ids = found
 
     def unpin(self, branch: Branch) -> None:
         """The branch needs its host blocks no more; they stay cached."""
@@ -291,17 +289,22 @@ class KVManager:
             self.host.release(np.array(branch.host_block_ids, np.int32))
             branch.host_block_ids = []
 
-    def _spill(self, block_id: int, block_hash: BlockHash) -> None:
-        """An evicted device block lives on in the host pool, if that has room."""
-        if self.host.num_free and self.host.find(block_hash) is None:
-            self._written_host_ids.add(self._copy_to_host(block_id, block_hash))
+    def _spill(self, block_ids: list[int], hashes: list[BlockHash]) -> None:
+        """Evicted device blocks live on in the host pool, as far as that has room.
 
-    def _copy_to_host(self, block_id: int, block_hash: BlockHash) -> int:
-        """A held host block with the content of a device block."""
-        (host_id,) = self.host.allocate(1)
-        self.host.name(np.array([host_id]), [block_hash])
-        self._moves.swap_out.append((block_id, int(host_id)))
-        return int(host_id)
+        Of a prefix, the end is evicted first; its beginning is of more use.
+        """
+        find = self.host.find
+        missing = [i for i, block_hash in enumerate(hashes) if find(block_hash) is None]
+        missing = missing[max(0, len(missing) - self.host.num_free) :]
+        self._copy_to_host([block_ids[i] for i in missing], [hashes[i] for i in missing])
+
+    def _copy_to_host(self, block_ids: list[int], hashes: list[BlockHash]) -> None:
+        """Let this plan copy device blocks to named host blocks, held until it is sent."""
+        host_ids = self.host.allocate(len(block_ids))
+        self.host.name(host_ids, hashes)
+        self._written_host_ids.update(host_ids.tolist())
+        self._moves.swap_out.extend(zip(block_ids, host_ids.tolist(), strict=True))
 
     # ---- checks
 

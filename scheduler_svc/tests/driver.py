@@ -41,6 +41,23 @@ _FILLER: Final = 200
 """Candidates that a row has beside those of its script: this id and the next ones."""
 
 
+def make_request(
+    key: int, prompt: Sequence[int] = (1,), max_tokens: int = 8, **fields: Any
+) -> Request:
+    """A request; `fields` are other ones of its own."""
+    return Request(
+        **{
+            "key": key,
+            "frontend": 0,
+            "request_id": key,
+            "prompt": np.array(prompt, np.int32),
+            "max_total_tokens": len(prompt) + max_tokens,
+            "arrival_ns": 0,
+            **fields,
+        }
+    )
+
+
 class Driver:
     """A scheduler with its own clock, and answers to its plans."""
 
@@ -57,16 +74,8 @@ class Driver:
         key = len(self.requests) + 1
         if isinstance(prompt, int):
             prompt = [10 + (7 * key + i) % 90 for i in range(prompt)]
-        request = Request(
-            key=key,
-            frontend=0,
-            request_id=key,
-            prompt=np.array(prompt, np.int32),
-            max_total_tokens=len(prompt) + max_tokens,
-            arrival_ns=self.now_ns,
-            stop_token_ids=frozenset([EOS]),
-            **fields,
-        )
+        fields = {"arrival_ns": self.now_ns, "stop_token_ids": frozenset([EOS]), **fields}
+        request = make_request(key, prompt, max_tokens, **fields)
         self.requests.append(request)
         self.scheduler.submit(request)
         return request

@@ -101,6 +101,7 @@ class RecordingHandler:
         self.epochs: list[int] = []
         self.results: list[int] = []
         self.states: list[tuple[LinkState, str]] = []
+        self.cost_models: list[pb.CostModel] = []
         self._digest = digest
         self._changed = asyncio.Event()
 
@@ -115,6 +116,10 @@ class RecordingHandler:
         self.results.append(result.step_id)
         self._changed.set()
 
+    def on_cost_model(self, cost_model: pb.CostModel) -> None:
+        self.cost_models.append(cost_model)
+        self._changed.set()
+
     def on_state(self, state: LinkState, message: str) -> None:
         self.states.append((state, message))
         self._changed.set()
@@ -127,6 +132,11 @@ class RecordingHandler:
     async def result(self, step_id: int) -> None:
         """Wait until a result was taken."""
         await self._until(lambda: step_id in self.results)
+
+    async def cost_model(self) -> pb.CostModel:
+        """Wait until prices came; returns the newest."""
+        await self._until(lambda: bool(self.cost_models))
+        return self.cost_models[-1]
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):

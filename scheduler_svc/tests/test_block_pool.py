@@ -184,9 +184,11 @@ def test_forget_all_counts_what_could_be_found() -> None:
 def test_random_walk_conserves_blocks_and_finds_what_was_not_evicted(seed: int) -> None:
     rng = np.random.default_rng(seed)
     names: dict[bytes, int] = {}
-    pool = BlockPool(
-        int(rng.integers(2, 40)), num_reserved=1, on_evict=lambda _, name: names.pop(name)
-    )
+
+    def on_evict(block_id: int, name: bytes) -> None:
+        assert names.pop(name) == block_id
+
+    pool = BlockPool(int(rng.integers(2, 40)), num_reserved=1, on_evict=on_evict)
     held: list[BlockIds] = []
     for step in range(300):
         choice = rng.integers(6)

@@ -198,6 +198,13 @@ async def test_heartbeats_keep_an_idle_link_up_both_ways(link: Link) -> None:
     assert session.num_heartbeats >= 1
 
 
+async def test_heartbeats_bring_prices(link: Link) -> None:
+    session = await link.open()
+    session.send(heartbeat=pb.Heartbeat(cost_model=pb.CostModel(step_ns=5.0, token_ns=2.0)))
+    prices = await link.handler.cost_model()
+    assert (prices.step_ns, prices.token_ns) == (5.0, 2.0)
+
+
 async def test_a_step_that_never_ends_is_noticed_though_heartbeats_come(link: Link) -> None:
     session = await link.open()
     await asyncio.sleep(TIMEOUTS.progress_s * 1.5)  # without plans this is no lack of progress
