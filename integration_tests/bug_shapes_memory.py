@@ -102,6 +102,11 @@ def salt_ignored(patch: Patch) -> None:
     patch.setattr("scheduler_svc.request.root_hash", lambda _: root_hash(b""))
 
 
+def failed_blocks_still_found(patch: Patch) -> None:
+    """What a row computed whose logits are not finite stays cached."""
+    patch.setattr(KVManager, "forget_blocks", lambda *_: None)
+
+
 # ---- forks and copies
 
 
@@ -267,6 +272,6 @@ def host_block_reused_while_read(patch: Patch) -> None:
         with patch.context() as during:
             during.setattr(self.host, "share", lambda _: 0)
             fetch(self, branch, block_ids, indexes)
-        self._read_host_ids = []
+        self._read_host_ids.clear()
 
     patch.setattr(KVManager, "_fetch", buggy)

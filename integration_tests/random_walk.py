@@ -30,7 +30,7 @@ from integration_tests.walk_config import (
     random_weather,
     resized,
 )
-from integration_tests.walk_isolation import Isolation
+from integration_tests.walk_isolation import Isolation, check_forgotten
 from integration_tests.walk_log import MakeScheduler, run_recorded
 from integration_tests.walk_request import RequestMaker, WalkRequest
 from scheduler_svc import plan_codec
@@ -241,7 +241,10 @@ class Walk:
         for finished in output.finished:
             self._requests[finished.request.key].end(finished, self._limits)
             self.counts.stop_tokens += finished.stop_token_id is not None
-            self.counts.failed_requests += finished.status is RequestStatus.FINISHED_ERROR
+            if finished.status is RequestStatus.FINISHED_ERROR:
+                self.counts.failed_requests += 1
+                requests = [request.request for request in self._requests.values()]
+                check_forgotten(self._scheduler.kv, finished.request, requests)
 
     def _find_stop_string(self) -> None:
         """The front end looks at the text later than the engine at the tokens."""

@@ -30,15 +30,14 @@ def reference_beams(
     search = BeamSearch(params, num_prompt, num_prompt + n_tokens, stop_token_ids, is_text_stopped)
     width = params.num_candidates(len(stop_token_ids), has_stop_strings=is_text_stopped is not None)
     contexts = context_of(prompt_ids)  # [num_beams]
-    while not search.is_done:
+    while True:
         found = [candidates(context, width, vocab_size) for context in contexts]
         parents = search.advance([ids for ids, _ in found], [probs for _, probs in found])
         if search.is_done:
-            break
+            return search.results()
         position = np.full(len(parents), num_prompt + search.num_output_tokens - 1)
         digests = token_digests(search.last_token_ids, position) * position_weights(position)
         contexts = contexts[parents] + digests
-    return search.results()
 
 
 def token_logprobs(

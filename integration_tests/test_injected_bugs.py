@@ -59,6 +59,7 @@ SHAPES: Final = (
     Shape(memory_bugs.name_kept_after_eviction, OutputMismatchError),
     Shape(memory_bugs.host_name_kept_after_eviction, OutputMismatchError, first_seed=20),
     Shape(memory_bugs.salt_ignored, AssertionError, "another salt"),
+    Shape(memory_bugs.failed_blocks_still_found, AssertionError, "can be found"),
     Shape(memory_bugs.tail_never_copied, OutputMismatchError),
     Shape(memory_bugs.tail_copied_too_late, OutputMismatchError),
     Shape(memory_bugs.tail_copied_too_early, OutputMismatchError),

@@ -1,12 +1,15 @@
-"""Whose tokens each block holds. Equal tokens make equal KV, so no output shows a salt ignored."""
+"""Who may find whose blocks. Equal tokens make equal KV, so no output shows what is wrong here."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from scheduler_svc.block_pool import BlockIds
+from scheduler_svc.kv_manager import KVManager
 from scheduler_svc.limits import Limits
-from scheduler_svc.request import Branch
+from scheduler_svc.prefix_cache import BlockHash
+from scheduler_svc.request import Branch, Request, RequestStatus
 from scheduler_svc.rows import Rows
 from scheduler_svc.step_plan import StepPlan
 
@@ -53,3 +56,16 @@ def _owner(branch: Branch) -> Owner:
     if request.is_cache_private:
         return b"", request.key
     return request.cache_salt, 0
+
+
+def check_forgotten(kv: KVManager, failed: Request, requests: Iterable[Request]) -> None:
+    """Assert that nothing can be found any more that only failed branches of a request computed."""
+    branches = [branch for request in requests for branch in request.branches]
+    lost = [b for b in failed.branches if b.status is RequestStatus.FINISHED_ERROR]
+    hashes = _hashes(lost) - _hashes(branch for branch in branches if branch not in lost)
+    found = [h for pool in (kv.pool, kv.host) for h in hashes if pool.find(h) is not None]
+    assert not found, f"{len(found)} blocks of failed request {failed.key} can be found"
+
+
+def _hashes(branches: Iterable[Branch]) -> set[BlockHash]:
+    return {block_hash for branch in branches for block_hash in branch.block_hashes}

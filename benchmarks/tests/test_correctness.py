@@ -26,7 +26,7 @@ class FakePeer:
 
 
 def outcome(differences: Sequence[Difference], num_prompts: int = 64) -> Outcome:
-    return Outcome("small pool", num_prompts, 1, list(differences))
+    return Outcome("small pool", num_prompts, 1, 0, 0, list(differences))
 
 
 DIFFERENCE = Difference("small pool", "p", 2, expected_id=7, got_id=8)
@@ -50,10 +50,18 @@ def test_too_many_ties_fail() -> None:
     assert missed == ["small pool: ties"]
 
 
-def test_a_small_pool_that_never_preempts_fails() -> None:
-    found = Outcome("small pool", 64, num_preemptions=0)
+@pytest.mark.parametrize(
+    ("mode", "missing"),
+    [
+        ("small pool", "preemptions"),
+        ("small pool, swapped", "blocks moved"),
+        ("asked twice", "cached tokens"),
+    ],
+)
+def test_a_mode_that_does_not_do_what_it_is_for_fails(mode: str, missing: str) -> None:
+    found = Outcome(mode, 64, num_preemptions=0, num_swapped_blocks=0, num_cached_tokens=0)
     missed = [target.name for target in targets([found]) if not target.is_met]
-    assert missed == ["small pool: preemptions"]
+    assert missed == [f"{mode}: {missing}"]
 
 
 def test_the_small_pool_holds_any_request_but_not_all() -> None:
@@ -78,7 +86,7 @@ def test_the_small_pool_holds_any_request_but_not_all() -> None:
     )
     found = [Reference(str(n), [0] * n, [0] * 64) for n in (1, 100, 1500)]
     by_name = {mode.name: mode.settings for mode in modes(model, found)}
-    assert len(by_name) == 6
+    assert len(by_name) == 8
     block_bytes = 2 * 2 * 3 * 16 * 4 * 16
     num_blocks = parse_size(by_name["small pool"].kv_memory) / block_bytes
     assert num_blocks == int(num_blocks)

@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 
 from blockyard.common.columns import unpack_u32
+from blockyard.common.model_dir import ModelDirError
 from blockyard.engine.v1 import engine_pb2 as pb
 from scheduler_svc.beam import MAX_WIDTH, BeamParams, EarlyStopping
 from scheduler_svc.limits import Limits
@@ -20,7 +21,7 @@ MAX_LOGPROBS: Final = 20
 """Most likeliest tokens that a client may ask for beside each token."""
 
 TextStop = Callable[[Sequence[str]], Callable[[TokenIds], bool]]
-"""Makes the check whether output tokens complete one of these strings."""
+"""Makes the check whether output tokens complete one of these strings. Raises ModelDirError."""
 
 _EARLY_STOPPING: Final = {
     pb.EARLY_STOPPING_UNSPECIFIED: EarlyStopping.HEURISTIC,
@@ -133,7 +134,10 @@ def _text_stop(submit: pb.Submit, text_stop: TextStop | None) -> Callable[[Token
             grpc.StatusCode.FAILED_PRECONDITION,
             "beam search with stop strings needs an engine that was given the model directory",
         )
-    return text_stop(submit.stop_strings)
+    try:
+        return text_stop(submit.stop_strings)
+    except ModelDirError as error:
+        raise RejectedError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from error
 
 
 def _max_total_tokens(

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blockyard.engine.v1 import engine_pb2 as pb
-from scheduler_svc.request import MAX_BRANCHES, Request, TokenIds
+from scheduler_svc.request import Request, TokenIds
 from scheduler_svc.step_plan import Logprobs, StepOutput
 
 
@@ -109,13 +109,15 @@ def _merge(steps: list[_Tokens], batch: pb.OutputBatch) -> None:
     """Several steps as one: by branch, each with its tokens in order of steps."""
     request_ids = np.concatenate([step.request_ids for step in steps])
     branches = np.concatenate([step.branches for step in steps])
-    keys = request_ids * np.uint64(MAX_BRANCHES) + branches.astype(np.uint64)
-    order = np.argsort(keys, kind="stable")
-    _, firsts, counts = np.unique(keys[order], return_index=True, return_counts=True)
+    order = np.lexsort((branches, request_ids))
+    is_first = np.ones(len(order), np.bool_)
+    is_first[1:] = np.diff(request_ids[order]) != 0
+    is_first[1:] |= np.diff(branches[order]) != 0
+    firsts = np.flatnonzero(is_first)
     first_entries = order[firsts]
     token_ids = np.concatenate([step.token_ids for step in steps])[order]
     _add_columns(batch, request_ids[first_entries], branches[first_entries], token_ids)
-    batch.token_counts.extend(counts.tolist())
+    batch.token_counts.extend(np.diff(firsts, append=len(order)).tolist())
     if any(step.logprobs for step in steps):
         logprobs = [step.logprobs.get(i) for step in steps for i in range(len(step.token_ids))]
         _add_logprobs(batch, [logprobs[entry] for entry in order.tolist()])

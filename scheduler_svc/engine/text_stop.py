@@ -12,6 +12,9 @@ from scheduler_svc.frontend.tokenizer import PromptTokenizer
 from scheduler_svc.request import TokenIds
 
 _MAX_BYTES_PER_CHARACTER: Final = 4
+_CONTINUATION_BYTES: Final = range(0x80, 0xC0)
+"""Of a UTF-8 character, all but the first."""
+
 _MARGIN_TOKENS: Final = 8
 """Special tokens have no text."""
 
@@ -33,7 +36,12 @@ class TextStops:
         longest = max(map(len, strings)) * _MAX_BYTES_PER_CHARACTER + _MARGIN_TOKENS
 
         def is_stopped(token_ids: TokenIds) -> bool:
-            text = new_detokenizer(vocabulary).feed(token_ids[-longest:].tolist())
+            end = token_ids[-longest - _MAX_BYTES_PER_CHARACTER :].tolist()
+            begin = max(0, len(end) - longest)
+            # A run of byte tokens that begins inside a character has no text.
+            while begin and vocabulary.pieces[end[begin]] in _CONTINUATION_BYTES:
+                begin -= 1
+            text = new_detokenizer(vocabulary).feed(end[begin:])
             return any(string in text for string in strings)
 
         return is_stopped

@@ -130,7 +130,7 @@ def test_taking_up_a_cached_block_takes_it_from_the_free_ones() -> None:
 
 def test_blank_blocks_go_first_then_those_let_go_longest_ago() -> None:
     evicted: list[bytes] = []
-    pool = BlockPool(8, on_evict=lambda _, name: evicted.append(name))
+    pool = BlockPool(8, on_evict=lambda _, names: evicted.extend(names))
     old, young = cached(pool, "ab"), cached(pool, "cd")
     blank = pool.allocate(4)
     assert not evicted
@@ -151,11 +151,11 @@ def test_use_makes_a_block_young() -> None:
 
 
 def test_whoever_is_told_of_an_eviction_is_told_which_block() -> None:
-    told: list[tuple[int, bytes]] = []
-    pool = BlockPool(2, on_evict=lambda block_id, name: told.append((block_id, name)))
-    block_ids = cached(pool, "ab")
-    assert pool.allocate(2).tolist() == [block_id for block_id, _ in told]
-    assert told == [(block_ids[1], b"b"), (block_ids[0], b"a")]
+    told: list[tuple[list[int], list[bytes]]] = []
+    pool = BlockPool(3, on_evict=lambda block_ids, names: told.append((block_ids, names)))
+    first, second = cached(pool, "ab").tolist()
+    assert pool.allocate(3).tolist()[1:] == [second, first]
+    assert told == [([second, first], [b"b", b"a"])]
 
 
 def test_a_forgotten_block_is_blank_at_once_or_when_it_is_let_go() -> None:
@@ -185,8 +185,8 @@ def test_random_walk_conserves_blocks_and_finds_what_was_not_evicted(seed: int) 
     rng = np.random.default_rng(seed)
     names: dict[bytes, int] = {}
 
-    def on_evict(block_id: int, name: bytes) -> None:
-        assert names.pop(name) == block_id
+    def on_evict(block_ids: list[int], evicted: list[bytes]) -> None:
+        assert [names.pop(name) for name in evicted] == block_ids
 
     pool = BlockPool(int(rng.integers(2, 40)), num_reserved=1, on_evict=on_evict)
     held: list[BlockIds] = []

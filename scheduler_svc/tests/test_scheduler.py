@@ -7,7 +7,7 @@ import pytest
 from scheduler_svc.policy import Policy
 from scheduler_svc.request import Request, RequestStatus
 from scheduler_svc.scheduler import StuckError
-from scheduler_svc.tests.driver import EOS, Driver, admitted, num_preemptions, output_ids
+from scheduler_svc.tests.driver import EOS, TOKEN, Driver, admitted, num_preemptions, output_ids
 
 
 def test_every_running_request_needs_a_token_of_the_budget() -> None:
@@ -180,11 +180,11 @@ def test_a_queue_of_ended_requests_does_not_grow() -> None:
 # ---- pressure
 
 
-def _about_to_preempt() -> Driver:
+def _about_to_preempt(max_tokens: int = 14) -> Driver:
     """Two requests, the second of which must give way at the plan after the next one."""
     driver = Driver(num_device_blocks=10, max_num_batched_tokens=18, max_model_len=33)
     driver.submit(18, max_tokens=14)
-    driver.submit(13, max_tokens=14)
+    driver.submit(13, max_tokens)
     driver.step()
     driver.step()
     return driver
@@ -212,6 +212,20 @@ def test_preempted_request_keeps_the_tokens_under_way() -> None:
     assert len(second.token_ids) == num_known + 1
     driver.run_dry()
     assert [len(output_ids(branch)) for branch in (first, second)] == [14, 14]
+
+
+@pytest.mark.parametrize("token", [EOS, TOKEN])
+def test_a_token_under_way_may_end_a_preempted_request(token: int) -> None:
+    driver = _about_to_preempt(max_tokens=14 if token == EOS else 2)
+    second = driver.requests[1].branches[0]
+    driver.plan()
+    driver.plan()
+    assert second.status is RequestStatus.WAITING
+    (finished,) = driver.commit([TOKEN, token]).finished
+    assert (finished.request, finished.num_output_tokens) == (second.request, 2)
+    assert finished.stop_token_id == (EOS if token == EOS else None)
+    assert not len(driver.scheduler.waiting)
+    driver.run_dry()
 
 
 def test_no_admission_in_a_step_that_preempted() -> None:

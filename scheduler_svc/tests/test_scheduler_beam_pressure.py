@@ -120,6 +120,24 @@ def test_an_old_search_takes_blocks_from_a_young_request() -> None:
     assert len(output_ids(young)) == 6
 
 
+def test_after_two_preemptions_a_search_enters_with_its_worst_case_reserved() -> None:
+    driver = Driver(num_device_blocks=10, max_model_len=29)
+    driver.submit(9, max_tokens=3)  # three blocks of nine
+    search = driver.submit(4, max_tokens=12, beam=WIDTH_2)  # one shared, three each
+    for branch in search.branches:
+        branch.num_preemptions = 2
+    driver.plan()
+    assert not any(b.status is RequestStatus.RUNNING for b in search.branches)
+    driver.run_dry()
+    assert search.is_finished
+
+
+def test_searches_without_a_cache_share_with_themselves_only() -> None:
+    driver = Driver(Policy(is_caching=False))
+    prompt = list(range(10, 22))
+    assert [driver.run(prompt, beam=WIDTH_2).num_cached_tokens for _ in range(2)] == [0, 0]
+
+
 def test_lanes_of_one_search_do_not_take_from_each_other() -> None:
     """The largest search that the limits allow runs to its end without giving way."""
     driver = Driver(num_device_blocks=8, max_model_len=29)

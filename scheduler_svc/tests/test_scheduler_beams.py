@@ -9,7 +9,7 @@ import pytest
 
 from scheduler_svc.beam import BeamParams, EarlyStopping
 from scheduler_svc.request import Request, RequestStatus, Sampling
-from scheduler_svc.tests.driver import EOS, PARTING, WIDTH_2, Driver, admitted, go_on
+from scheduler_svc.tests.driver import EOS, PARTING, TOKEN, WIDTH_2, Driver, admitted, go_on
 
 
 def begun(num_prompt_tokens: int = 6, max_tokens: int = 8, **fields: Any) -> tuple[Driver, Request]:
@@ -246,6 +246,16 @@ def test_candidates_find_their_lanes_beside_rows_that_ask_for_none() -> None:
     output = driver.commit(scores=[{90: -0.3}])
     assert list(output.logprobs) == [0]
     assert output.logprobs[0].candidate_token_ids.tolist() == [90]
+
+
+def test_log_probabilities_find_their_tokens_behind_those_of_a_search() -> None:
+    driver, _ = begun(max_tokens=3)
+    plain = driver.submit(4, sampling=Sampling(num_logprobs=1))
+    driver.plan()
+    output = driver.commit(scores=[{60: -0.1, 61: -0.2}, {62: -30.0}, {90: -0.3}])
+    assert output.token_ids.tolist() == [50, TOKEN]
+    assert output.request_ids.tolist()[1] == plain.request_id
+    assert list(output.logprobs) == [1]
 
 
 def test_a_search_enters_with_all_its_rows_or_not_at_all() -> None:

@@ -15,13 +15,20 @@ import numpy.typing as npt
 from numba import prange
 
 from executor_svc.backends.cpu.jit import inlined, kernel, parallel_kernel
-from executor_svc.backends.cpu.simd import FloatArray, load, mul, splat, store, zero
-from executor_svc.backends.cpu.tiles import score_span, soften, weigh_span
+from executor_svc.backends.cpu.simd import FloatArray, load, mul, splat, store, sum_lanes
+from executor_svc.backends.cpu.tiles import (
+    SPAN,
+    SPAN_TILES,
+    locate_span,
+    score_span,
+    soften,
+    touch_span,
+    weigh_span,
+)
 from executor_svc.backends.cpu.work import (
     BEGIN,
     COUNT,
     END,
-    PART,
     PARTIAL,
     POSITION,
     ROW,
@@ -60,37 +67,28 @@ def _attend_item(
     queries: FloatArray,
     scores: FloatArray,
     sums: FloatArray,
-    norms: FloatArray,
+    maxima: FloatArray,
+    totals: FloatArray,
 ) -> None:
-    """Weighted value sums [num_queries, dim]; norms [num_queries, 2] gets (max, weight sum)."""
+    """Weighted value sums [num_queries, dim]; maxima and totals as in tiles.soften."""
     dim, group = shape[2], shape[0] // shape[1]
-    for offset in range(0, num_queries * dim, TILE):
-        store(sums, offset, zero())
-    for j in range(num_queries):
-        norms[j, 0] = -np.inf
-        norms[j, 1] = 0
-    for begin in range(item[BEGIN], item[END], PART):
-        num_tokens = min(PART, item[END] - begin)
-        num_tiles = (num_tokens + TILE - 1) // TILE
-        first_tile = begin // TILE
-        score_span(
-            pool, table, head_offset, shape, first_tile, num_tiles, queries, scores, num_queries
-        )
+    sums[: num_queries * dim] = 0
+    maxima[:num_queries] = -np.inf
+    totals[: num_queries * TILE] = 0
+    tiles = np.empty(SPAN_TILES, np.int64)
+    for begin in range(item[BEGIN], item[END], SPAN):
+        locate_span(table, begin, item[END], head_offset, shape, tiles)
+        score_span(pool, tiles, queries, num_queries, dim, scores)
+        num_tokens = min(SPAN, item[END] - begin)
         for j in range(num_queries):
-            visible = item[POSITION] + j // group + 1 - begin
-            last_max = norms[j, 0]
-            visible = min(visible, num_tokens)
-            new_max, total = soften(scores, j * PART, visible, num_tiles, last_max)
-            norms[j, 0] = new_max
-            if last_max < new_max and begin > item[BEGIN]:
-                faded = np.exp(last_max - new_max)
-                norms[j, 1] *= faded
-                for offset in range(j * dim, (j + 1) * dim, TILE):
-                    store(sums, offset, mul(load(sums, offset), splat(faded)))
-            norms[j, 1] += total
-        weigh_span(
-            pool, table, head_offset, shape, first_tile, num_tokens, scores, sums, num_queries
-        )
+            visible = min(item[POSITION] + j // group + 1 - begin, num_tokens)
+            soften(scores, j, visible, dim, maxima, totals, sums)
+        if begin + SPAN < item[END]:
+            touch_span(pool, table, begin + SPAN, item[END], head_offset, shape)
+        else:  # the next KV head is mostly next in line
+            next_head = head_offset + shape[3] * 2 * TILE * dim
+            touch_span(pool, table, item[BEGIN], item[END], next_head, shape)
+        weigh_span(pool, tiles, num_tokens, scores, num_queries, dim, sums)
 
 
 @inlined
@@ -100,7 +98,8 @@ def _emit(
     shape: IndexArray,
     num_queries: int,
     sums: FloatArray,
-    norms: FloatArray,
+    maxima: FloatArray,
+    totals: FloatArray,
     out: FloatArray,
     partials: FloatArray,
 ) -> None:
@@ -112,11 +111,11 @@ def _emit(
             target = (item[PARTIAL] * num_heads + head) * (dim + 2)
             for d in range(dim):
                 partials[target + d] = sums[j * dim + d]
-            partials[target + dim] = norms[j, 0]
-            partials[target + dim + 1] = norms[j, 1]
+            partials[target + dim] = maxima[j]
+            partials[target + dim + 1] = sum_lanes(load(totals, j * TILE))
         else:
             target = ((item[TOKEN] + j // group) * num_heads + head) * dim
-            scale = splat(np.float32(1) / norms[j, 1])
+            scale = splat(np.float32(1) / sum_lanes(load(totals, j * TILE)))
             for offset in range(0, dim, TILE):
                 store(out, target + offset, mul(load(sums, j * dim + offset), scale))
 
@@ -150,9 +149,10 @@ def attend(
     for thread in prange(begins.size - 1):
         num_kv_heads, dim = shape[1], shape[2]
         queries = np.empty(max_queries * dim, np.float32)
-        scores = np.empty(max_queries * PART, np.float32)
+        scores = np.empty(max_queries * SPAN, np.float32)
         sums = np.empty(max_queries * dim, np.float32)
-        norms = np.empty((max_queries, 2), np.float32)
+        maxima = np.empty(max_queries, np.float32)
+        totals = np.empty(max_queries * TILE, np.float32)
         for unit in range(begins[thread], begins[thread + 1]):
             item = items[unit // num_kv_heads]
             kv_head = unit % num_kv_heads
@@ -160,9 +160,19 @@ def attend(
             num_queries = _gather_queries(qkv, item, kv_head, shape, queries)
             table = block_table[item[ROW]]
             _attend_item(
-                pool, table, item, head_offset, shape, num_queries, queries, scores, sums, norms
+                pool,
+                table,
+                item,
+                head_offset,
+                shape,
+                num_queries,
+                queries,
+                scores,
+                sums,
+                maxima,
+                totals,
             )
-            _emit(item, kv_head, shape, num_queries, sums, norms, out, partials)
+            _emit(item, kv_head, shape, num_queries, sums, maxima, totals, out, partials)
 
 
 @kernel

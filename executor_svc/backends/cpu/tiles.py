@@ -1,9 +1,13 @@
-"""Inner loops of attention: queries against 16-token tiles of keys and values.
+"""Inner loops of attention: queries against a span of four 16-token tiles of keys and values.
 
-Two queries at a time share every vector that is loaded; all sums stay in registers. Blocks lie
-anywhere in the pool, where no hardware prefetcher can guess, so every pass over a tile prefetches
-its share of the next one: a core can wait for some 20 cache lines at once, and lines asked for in
-one go would stall the pass instead of arriving behind it.
+Three queries at a time share every vector that is loaded; all sums stay in registers.
+
+Blocks lie anywhere in the pool, so a tile is a short run of memory in an unforeseen place, and a
+run that short is over before the hardware has translated its address and learned to read ahead:
+tiles read one after the other come at a third of the bandwidth. Therefore the tiles of a span are
+read in lock step, a line of each in turn, and the first lines of what comes next are touched one
+step early. Prefetching every line by software is slower: a core waits for few lines at once, the
+cache behind it for many.
 """
 
 from __future__ import annotations
@@ -16,205 +20,28 @@ from executor_svc.backends.cpu.simd import (
     FloatArray,
     Vector,
     add,
+    any_above,
     exp,
     fma,
     load,
     load_splat,
     max_lanes,
     maximum,
+    mul,
     prefetch,
     splat,
     store,
-    sum_lanes,
     zero,
 )
-from executor_svc.backends.cpu.work import PART, TILE
+from executor_svc.backends.cpu.work import TILE
 
 IndexArray = npt.NDArray[np.int64]
 IntArray = npt.NDArray[np.int32]
 
-_LINES = 4
-"""Cache lines of a tile that are prefetched beside 64 elements, by all passes together."""
-
-
-@inlined
-def _prefetch_lines(pool: FloatArray, at: int, num_lines: int) -> None:
-    if num_lines > 0:
-        prefetch(pool, at)
-    if num_lines > 1:
-        prefetch(pool, at + TILE)
-    if num_lines > 2:
-        prefetch(pool, at + 2 * TILE)
-        prefetch(pool, at + 3 * TILE)
-
-
-@inlined
-def _score_pair(
-    pool: FloatArray,
-    keys: int,
-    ahead: int,
-    num_lines: int,
-    queries: FloatArray,
-    query: int,
-    dim: int,
-) -> tuple[Vector, Vector]:
-    """Scores of the queries at `query` and `query + dim` against one tile of keys."""
-    a0, a1, a2, a3 = zero(), zero(), zero(), zero()
-    b0, b1, b2, b3 = zero(), zero(), zero(), zero()
-    other = query + dim
-    for d in range(0, dim, 4):
-        at = keys + d * TILE
-        _prefetch_lines(pool, ahead + d * TILE, num_lines)
-        key = load(pool, at)
-        a0 = fma(load_splat(queries, query + d), key, a0)
-        b0 = fma(load_splat(queries, other + d), key, b0)
-        key = load(pool, at + 16)
-        a1 = fma(load_splat(queries, query + d + 1), key, a1)
-        b1 = fma(load_splat(queries, other + d + 1), key, b1)
-        key = load(pool, at + 32)
-        a2 = fma(load_splat(queries, query + d + 2), key, a2)
-        b2 = fma(load_splat(queries, other + d + 2), key, b2)
-        key = load(pool, at + 48)
-        a3 = fma(load_splat(queries, query + d + 3), key, a3)
-        b3 = fma(load_splat(queries, other + d + 3), key, b3)
-    return add(add(a0, a1), add(a2, a3)), add(add(b0, b1), add(b2, b3))
-
-
-@inlined
-def _score_one(
-    pool: FloatArray,
-    keys: int,
-    ahead: int,
-    num_lines: int,
-    queries: FloatArray,
-    query: int,
-    dim: int,
-) -> Vector:
-    a0, a1, a2, a3 = zero(), zero(), zero(), zero()
-    for d in range(0, dim, 4):
-        at = keys + d * TILE
-        _prefetch_lines(pool, ahead + d * TILE, num_lines)
-        a0 = fma(load_splat(queries, query + d), load(pool, at), a0)
-        a1 = fma(load_splat(queries, query + d + 1), load(pool, at + 16), a1)
-        a2 = fma(load_splat(queries, query + d + 2), load(pool, at + 32), a2)
-        a3 = fma(load_splat(queries, query + d + 3), load(pool, at + 48), a3)
-    return add(add(a0, a1), add(a2, a3))
-
-
-@inlined
-def soften(
-    scores: FloatArray, first: int, visible: int, num_tiles: int, last_max: np.float32
-) -> tuple[np.float32, np.float32]:
-    """Turn a query's scores into weights exp(score - max) in place, 0 past `visible`.
-
-    Returns the running maximum, the span's included, and the sum of the span's weights.
-    """
-    for t in range(max(visible, 0), num_tiles * TILE):
-        scores[first + t] = -np.inf
-    highest = splat(last_max)
-    for tile in range(num_tiles):
-        highest = maximum(load(scores, first + tile * TILE), highest)
-    new_max = max_lanes(highest)
-    offset = splat(-new_max)
-    for tile in range(num_tiles):
-        at = first + tile * TILE
-        store(scores, at, exp(add(load(scores, at), offset)))
-    for t in range(max(visible, 0), num_tiles * TILE):
-        scores[first + t] = 0
-    total = zero()
-    for tile in range(num_tiles):
-        total = add(total, load(scores, first + tile * TILE))
-    return new_max, sum_lanes(total)
-
-
-@inlined
-def _weigh_pair(
-    pool: FloatArray,
-    values: int,
-    ahead: int,
-    num_lines: int,
-    num_tokens: int,
-    weights: FloatArray,
-    w: int,
-    sums: FloatArray,
-    s: int,
-    dim: int,
-) -> None:
-    """Add 64 columns of a tile of values, weighted, to two queries' sums at s and s + dim."""
-    r = s + dim
-    a0, a1, a2, a3 = load(sums, s), load(sums, s + 16), load(sums, s + 32), load(sums, s + 48)
-    b0, b1, b2, b3 = load(sums, r), load(sums, r + 16), load(sums, r + 32), load(sums, r + 48)
-    for t in range(num_tokens):
-        at = values + t * dim
-        _prefetch_lines(pool, ahead + t * dim, num_lines)
-        weight, other = load_splat(weights, w + t), load_splat(weights, w + PART + t)
-        value = load(pool, at)
-        a0, b0 = fma(weight, value, a0), fma(other, value, b0)
-        value = load(pool, at + 16)
-        a1, b1 = fma(weight, value, a1), fma(other, value, b1)
-        value = load(pool, at + 32)
-        a2, b2 = fma(weight, value, a2), fma(other, value, b2)
-        value = load(pool, at + 48)
-        a3, b3 = fma(weight, value, a3), fma(other, value, b3)
-    store(sums, s, a0)
-    store(sums, s + 16, a1)
-    store(sums, s + 32, a2)
-    store(sums, s + 48, a3)
-    store(sums, r, b0)
-    store(sums, r + 16, b1)
-    store(sums, r + 32, b2)
-    store(sums, r + 48, b3)
-
-
-@inlined
-def _weigh_one(
-    pool: FloatArray,
-    values: int,
-    ahead: int,
-    num_lines: int,
-    num_tokens: int,
-    weights: FloatArray,
-    w: int,
-    sums: FloatArray,
-    s: int,
-    dim: int,
-) -> None:
-    """Add 64 columns of a tile of values, weighted, to one query's sums at s."""
-    a0, a1, a2, a3 = load(sums, s), load(sums, s + 16), load(sums, s + 32), load(sums, s + 48)
-    for t in range(num_tokens):
-        at = values + t * dim
-        _prefetch_lines(pool, ahead + t * dim, num_lines)
-        weight = load_splat(weights, w + t)
-        a0 = fma(weight, load(pool, at), a0)
-        a1 = fma(weight, load(pool, at + 16), a1)
-        a2 = fma(weight, load(pool, at + 32), a2)
-        a3 = fma(weight, load(pool, at + 48), a3)
-    store(sums, s, a0)
-    store(sums, s + 16, a1)
-    store(sums, s + 32, a2)
-    store(sums, s + 48, a3)
-
-
-@inlined
-def _weigh_narrow(
-    pool: FloatArray,
-    values: int,
-    num_tokens: int,
-    weights: FloatArray,
-    w: int,
-    sums: FloatArray,
-    s: int,
-    dim: int,
-) -> None:
-    """Add 32 columns of a tile of values, weighted, to one query's sums at s."""
-    a0, a1 = load(sums, s), load(sums, s + 16)
-    for t in range(num_tokens):
-        at = values + t * dim
-        weight = load_splat(weights, w + t)
-        a0 = fma(weight, load(pool, at), a0)
-        a1 = fma(weight, load(pool, at + 16), a1)
-    store(sums, s, a0)
-    store(sums, s + 16, a1)
+SPAN_TILES = 4
+"""Tiles read in lock step."""
+SPAN = SPAN_TILES * TILE
+"""Context tokens scored at once."""
 
 
 @inlined
@@ -227,89 +54,255 @@ def _tile_address(table: IntArray, tile: int, head_offset: int, shape: IndexArra
 
 
 @inlined
-def _lines_per_pass(num_queries: int) -> int:
-    return max(1, _LINES // ((num_queries + 1) // 2))
+def locate_span(
+    table: IntArray, begin: int, end: int, head_offset: int, shape: IndexArray, tiles: IndexArray
+) -> None:
+    """Fill tiles [SPAN_TILES] with the addresses of the tiles from token `begin` on.
+
+    Past the tile of token `end - 1` that one is repeated: there may be no further block.
+    """
+    for i in range(SPAN_TILES):
+        tile = min(begin // TILE + i, (end - 1) // TILE)
+        tiles[i] = _tile_address(table, tile, head_offset, shape)
 
 
 @inlined
-def _lines_of_pass(j: int, lines_per_pass: int) -> int:
-    """How many lines the pass for query j prefetches; those of earlier passes come before."""
-    return lines_per_pass if j // 2 * lines_per_pass < _LINES else 0
+def touch_span(
+    pool: FloatArray, table: IntArray, begin: int, end: int, head_offset: int, shape: IndexArray
+) -> None:
+    """Start reading the keys of the span that locate_span would find."""
+    for i in range(SPAN_TILES):
+        tile = min(begin // TILE + i, (end - 1) // TILE)
+        prefetch(pool, _tile_address(table, tile, head_offset, shape))
+
+
+@inlined
+def _load_four(array: FloatArray, at: int) -> tuple[Vector, Vector, Vector, Vector]:
+    return load(array, at), load(array, at + 16), load(array, at + 32), load(array, at + 48)
+
+
+@inlined
+def _store_four(array: FloatArray, at: int, v0: Vector, v1: Vector, v2: Vector, v3: Vector) -> None:
+    store(array, at, v0)
+    store(array, at + 16, v1)
+    store(array, at + 32, v2)
+    store(array, at + 48, v3)
+
+
+@inlined
+def _score_three(
+    pool: FloatArray, tiles: IndexArray, queries: FloatArray, j: int, dim: int, scores: FloatArray
+) -> None:
+    """Scores of the queries j, j + 1 and j + 2."""
+    q, at = j * dim, j * SPAN
+    k0, k1, k2, k3 = tiles[0], tiles[1], tiles[2], tiles[3]
+    a0, a1, a2, a3 = zero(), zero(), zero(), zero()
+    b0, b1, b2, b3 = zero(), zero(), zero(), zero()
+    c0, c1, c2, c3 = zero(), zero(), zero(), zero()
+    for d in range(dim):
+        a = load_splat(queries, q + d)
+        b = load_splat(queries, q + dim + d)
+        c = load_splat(queries, q + 2 * dim + d)
+        key = load(pool, k0 + d * TILE)
+        a0, b0, c0 = fma(a, key, a0), fma(b, key, b0), fma(c, key, c0)
+        key = load(pool, k1 + d * TILE)
+        a1, b1, c1 = fma(a, key, a1), fma(b, key, b1), fma(c, key, c1)
+        key = load(pool, k2 + d * TILE)
+        a2, b2, c2 = fma(a, key, a2), fma(b, key, b2), fma(c, key, c2)
+        key = load(pool, k3 + d * TILE)
+        a3, b3, c3 = fma(a, key, a3), fma(b, key, b3), fma(c, key, c3)
+    _store_four(scores, at, a0, a1, a2, a3)
+    _store_four(scores, at + SPAN, b0, b1, b2, b3)
+    _store_four(scores, at + 2 * SPAN, c0, c1, c2, c3)
+
+
+@inlined
+def _score_one(
+    pool: FloatArray, tiles: IndexArray, queries: FloatArray, j: int, dim: int, scores: FloatArray
+) -> None:
+    q, at = j * dim, j * SPAN
+    k0, k1, k2, k3 = tiles[0], tiles[1], tiles[2], tiles[3]
+    a0, a1, a2, a3 = zero(), zero(), zero(), zero()
+    for d in range(dim):
+        a = load_splat(queries, q + d)
+        a0 = fma(a, load(pool, k0 + d * TILE), a0)
+        a1 = fma(a, load(pool, k1 + d * TILE), a1)
+        a2 = fma(a, load(pool, k2 + d * TILE), a2)
+        a3 = fma(a, load(pool, k3 + d * TILE), a3)
+    _store_four(scores, at, a0, a1, a2, a3)
 
 
 @inlined
 def score_span(
     pool: FloatArray,
-    table: IntArray,
-    head_offset: int,
-    shape: IndexArray,
-    first_tile: int,
-    num_tiles: int,
+    tiles: IndexArray,
     queries: FloatArray,
-    scores: FloatArray,
     num_queries: int,
+    dim: int,
+    scores: FloatArray,
 ) -> None:
-    """Scores [num_queries, PART] of queries [num_queries, dim] against a span of tiles.
+    """Scores [num_queries, SPAN] of queries [num_queries, dim] against the tiles' keys.
 
-    At its end prefetches the first values, which weigh_span will read.
+    Touches the tiles' values, which weigh_span will read.
     """
-    dim = int(shape[2])
-    per_pass = _lines_per_pass(num_queries)
-    for tile in range(num_tiles):
-        keys = _tile_address(table, first_tile + tile, head_offset, shape)
-        ahead, target = tile + 1, head_offset
-        if ahead == num_tiles:
-            ahead, target = 0, head_offset + TILE * dim
-        later = _tile_address(table, first_tile + ahead, target, shape)
-        for j in range(0, num_queries, 2):
-            num_lines = _lines_of_pass(j, per_pass)
-            lines = later + j // 2 * per_pass * TILE
-            at = j * PART + tile * TILE
-            if j + 1 < num_queries:
-                one, other = _score_pair(pool, keys, lines, num_lines, queries, j * dim, dim)
-                store(scores, at, one)
-                store(scores, at + PART, other)
-            else:
-                store(scores, at, _score_one(pool, keys, lines, num_lines, queries, j * dim, dim))
+    for i in range(SPAN_TILES):
+        prefetch(pool, tiles[i] + TILE * dim)
+    threes = num_queries // 3 * 3
+    for j in range(0, threes, 3):
+        _score_three(pool, tiles, queries, j, dim, scores)
+    for j in range(threes, num_queries):
+        _score_one(pool, tiles, queries, j, dim, scores)
+
+
+@inlined
+def soften(
+    scores: FloatArray,
+    j: int,
+    visible: int,
+    dim: int,
+    maxima: FloatArray,
+    totals: FloatArray,
+    sums: FloatArray,
+) -> None:
+    """Turn query j's scores [SPAN] into weights exp(score - maximum) in place, 0 past `visible`.
+
+    Keeps its running maximum, the sum of its weights (totals [num_queries, TILE], one for each
+    lane) and, in step with the maximum, its weighted values (sums [num_queries, dim]).
+    """
+    first, total = j * SPAN, j * TILE
+    for t in range(max(visible, 0), SPAN):
+        scores[first + t] = -np.inf
+    last_max = splat(maxima[j])
+    highest = last_max
+    for at in range(first, first + SPAN, TILE):
+        highest = maximum(load(scores, at), highest)
+    if any_above(highest, last_max):
+        faded = exp(splat(maxima[j] - max_lanes(highest)))
+        maxima[j] = max_lanes(highest)
+        store(totals, total, mul(load(totals, total), faded))
+        for at in range(j * dim, (j + 1) * dim, TILE):
+            store(sums, at, mul(load(sums, at), faded))
+    offset = splat(-maxima[j])
+    weight_sum = load(totals, total)
+    for at in range(first, first + SPAN, TILE):
+        weights = exp(add(load(scores, at), offset))
+        store(scores, at, weights)
+        weight_sum = add(weight_sum, weights)
+    store(totals, total, weight_sum)
+    # exp is never 0: too little to be seen in the total, but a value may be NaN.
+    for t in range(max(visible, 0), SPAN):
+        scores[first + t] = 0
+
+
+@inlined
+def _weigh_three(
+    pool: FloatArray,
+    tiles: IndexArray,
+    column: int,
+    num_tokens: int,
+    weights: FloatArray,
+    j: int,
+    sums: FloatArray,
+    dim: int,
+) -> None:
+    """Add 64 columns of the values, weighted, to the sums of queries j, j + 1 and j + 2."""
+    whole, rest = num_tokens // TILE, num_tokens % TILE
+    r, s, u = j * dim + column, (j + 1) * dim + column, (j + 2) * dim + column
+    a0, a1, a2, a3 = _load_four(sums, r)
+    b0, b1, b2, b3 = _load_four(sums, s)
+    c0, c1, c2, c3 = _load_four(sums, u)
+    for t in range(TILE):
+        for i in range(whole + (t < rest)):
+            at = tiles[i] + (TILE + t) * dim + column
+            w = j * SPAN + i * TILE + t
+            a = load_splat(weights, w)
+            b = load_splat(weights, w + SPAN)
+            c = load_splat(weights, w + 2 * SPAN)
+            value = load(pool, at)
+            a0, b0, c0 = fma(a, value, a0), fma(b, value, b0), fma(c, value, c0)
+            value = load(pool, at + 16)
+            a1, b1, c1 = fma(a, value, a1), fma(b, value, b1), fma(c, value, c1)
+            value = load(pool, at + 32)
+            a2, b2, c2 = fma(a, value, a2), fma(b, value, b2), fma(c, value, c2)
+            value = load(pool, at + 48)
+            a3, b3, c3 = fma(a, value, a3), fma(b, value, b3), fma(c, value, c3)
+    _store_four(sums, r, a0, a1, a2, a3)
+    _store_four(sums, s, b0, b1, b2, b3)
+    _store_four(sums, u, c0, c1, c2, c3)
+
+
+@inlined
+def _weigh_one(
+    pool: FloatArray,
+    tiles: IndexArray,
+    column: int,
+    num_tokens: int,
+    weights: FloatArray,
+    j: int,
+    sums: FloatArray,
+    dim: int,
+) -> None:
+    """Add 64 columns of the values, weighted, to query j's sums."""
+    whole, rest = num_tokens // TILE, num_tokens % TILE
+    s = j * dim + column
+    a0, a1, a2, a3 = _load_four(sums, s)
+    for t in range(TILE):
+        for i in range(whole + (t < rest)):
+            at = tiles[i] + (TILE + t) * dim + column
+            weight = load_splat(weights, j * SPAN + i * TILE + t)
+            a0 = fma(weight, load(pool, at), a0)
+            a1 = fma(weight, load(pool, at + 16), a1)
+            a2 = fma(weight, load(pool, at + 32), a2)
+            a3 = fma(weight, load(pool, at + 48), a3)
+    _store_four(sums, s, a0, a1, a2, a3)
+
+
+@inlined
+def _weigh_narrow(
+    pool: FloatArray,
+    tiles: IndexArray,
+    column: int,
+    num_tokens: int,
+    weights: FloatArray,
+    j: int,
+    sums: FloatArray,
+    dim: int,
+) -> None:
+    """Add 32 columns of the values, weighted, to query j's sums."""
+    whole, rest = num_tokens // TILE, num_tokens % TILE
+    s = j * dim + column
+    a0, a1 = load(sums, s), load(sums, s + 16)
+    for t in range(TILE):
+        for i in range(whole + (t < rest)):
+            at = tiles[i] + (TILE + t) * dim + column
+            weight = load_splat(weights, j * SPAN + i * TILE + t)
+            a0 = fma(weight, load(pool, at), a0)
+            a1 = fma(weight, load(pool, at + 16), a1)
+    store(sums, s, a0)
+    store(sums, s + 16, a1)
 
 
 @inlined
 def weigh_span(
     pool: FloatArray,
-    table: IntArray,
-    head_offset: int,
-    shape: IndexArray,
-    first_tile: int,
+    tiles: IndexArray,
     num_tokens: int,
-    scores: FloatArray,
-    sums: FloatArray,
+    weights: FloatArray,
     num_queries: int,
+    dim: int,
+    sums: FloatArray,
 ) -> None:
-    """Add a span's values, weighted by scores [num_queries, PART], to sums [num_queries, dim].
+    """Add the first num_tokens values, weighted by [num_queries, SPAN], to sums [.., dim].
 
-    At its end prefetches the first keys of the next KV head, which is mostly next in line.
+    Values further on are not read: nobody may have written them.
     """
-    dim = int(shape[2])
-    num_tiles = (num_tokens + TILE - 1) // TILE
-    per_pass = _lines_per_pass(num_queries)
-    next_head = head_offset + int(shape[3]) * 2 * TILE * dim
-    for tile in range(num_tiles):
-        values = _tile_address(table, first_tile + tile, head_offset, shape) + TILE * dim
-        ahead, target = tile + 1, head_offset + TILE * dim
-        if ahead == num_tiles:
-            ahead, target = 0, next_head
-        later = _tile_address(table, first_tile + ahead, target, shape)
-        used = min(TILE, num_tokens - tile * TILE)
-        for column in range(0, dim // 64 * 64, 64):
-            for j in range(0, num_queries, 2):
-                num_lines = _lines_of_pass(j, per_pass)
-                lines = later + column + j // 2 * per_pass * TILE
-                w, s, v = j * PART + tile * TILE, j * dim + column, values + column
-                if j + 1 < num_queries:
-                    _weigh_pair(pool, v, lines, num_lines, used, scores, w, sums, s, dim)
-                else:
-                    _weigh_one(pool, v, lines, num_lines, used, scores, w, sums, s, dim)
-        for column in range(dim // 64 * 64, dim, 32):
-            for j in range(num_queries):
-                w, s = j * PART + tile * TILE, j * dim + column
-                _weigh_narrow(pool, values + column, used, scores, w, sums, s, dim)
+    threes = num_queries // 3 * 3
+    wide = dim // 64 * 64
+    for column in range(0, wide, 64):
+        for j in range(0, threes, 3):
+            _weigh_three(pool, tiles, column, num_tokens, weights, j, sums, dim)
+        for j in range(threes, num_queries):
+            _weigh_one(pool, tiles, column, num_tokens, weights, j, sums, dim)
+    for column in range(wide, dim, 32):
+        for j in range(num_queries):
+            _weigh_narrow(pool, tiles, column, num_tokens, weights, j, sums, dim)

@@ -95,7 +95,7 @@ async def test_one_step_needs_no_counts_and_no_branches() -> None:
     link.push_tokens(step((4, 0, 40), (2, 0, 20)))
     output = await next_output(link)
     assert entries_of(output) == {(4, 0): [40], (2, 0): [20]}
-    assert not (output.token_counts or output.branches or output.num_logprobs)
+    assert not any([output.token_counts, output.branches, output.num_logprobs])
 
 
 async def test_each_branch_of_a_request_has_its_entry() -> None:
@@ -130,13 +130,13 @@ async def test_a_slow_front_end_gets_steps_merged_by_branch_in_order() -> None:
 
 async def test_request_ids_of_any_size_keep_their_branches_apart() -> None:
     link = FrontendLink(LINK, "f")
-    largest = 2**32 - 1
-    link.push_tokens(step((largest, 0, 1), (largest, 127, 2), (largest - 1, 127, 3)))
+    largest = 2**64 - 1
+    link.push_tokens(step((largest, 0, 1), (largest, 127, 2), (largest >> 7, 127, 3)))
     link.push_tokens(step((largest, 0, 4)))
     assert entries_of(await next_output(link)) == {
         (largest, 0): [1, 4],
         (largest, 127): [2],
-        (largest - 1, 127): [3],
+        (largest >> 7, 127): [3],
     }
 
 
