@@ -5,6 +5,8 @@
     python -m benchmarks.bench_cpu        the whole system beside transformers, on this CPU
     python -m benchmarks.correctness      greedy output, token for token, against transformers
     python -m benchmarks.beam_equality    beam searches and their scores, against transformers
+    python -m benchmarks.simulate_waste   KV held and not used, by policy; simulated, as are:
+    python -m benchmarks.simulate_prefix, simulate_oversubscription, simulate_speed
 
 Exit codes: 0 all targets met, 1 one missed, 2 it could not run.
 """

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from benchmarks.report import RESULTS_DIR, ROOT
 from blockyard.simulate.device import DEFAULT_PROFILE, DeviceProfile, load_profile
 from blockyard.simulate.generator import generate
-from blockyard.simulate.plot import load_pyplot
+from blockyard.simulate.plot import PlotError, load_pyplot
 from blockyard.simulate.run import simulate
 from blockyard.simulate.setup import Setup
 from blockyard.simulate.summary import Summary, summarise
-from blockyard.simulate.trace import Trace
+from blockyard.simulate.trace import Trace, TraceError
 from blockyard.simulate.trace_files import read_trace
 
 PROFILE: Final[DeviceProfile] = load_profile(DEFAULT_PROFILE)
@@ -33,22 +33,37 @@ Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Label -> x and y values."""
 
 
-def parser(description: str | None, *kinds: str) -> argparse.ArgumentParser:
-    """Flags of a study over traces of these kinds: their paths, and --plot."""
+def parser(
+    description: str | None, kind: str, *, can_plot: bool = False
+) -> argparse.ArgumentParser:
+    """Flags of a study over a trace of this kind: its path and, if it can, --plot."""
     flags = argparse.ArgumentParser(description=description)
-    for kind in kinds:
-        text = "trace file; without it one with the same statistics is generated"
-        flags.add_argument(f"--{kind}", type=pathlib.Path, default=_FILES[kind], help=text)
-    flags.add_argument("--plot", action="store_true", help="also draw; needs matplotlib")
+    text = "trace file; without it one with the same statistics is generated"
+    flags.add_argument(f"--{kind}", dest="trace", type=pathlib.Path, help=text)
+    flags.set_defaults(kind=kind, plot=False)
+    if can_plot:
+        flags.add_argument("--plot", action="store_true", help="also draw; needs matplotlib")
     return flags
 
 
-def load(kind: str, flags: argparse.Namespace) -> Trace:
-    """The trace that --KIND names or, if the default file is not there, a generated one."""
-    path: pathlib.Path = getattr(flags, kind)
-    if path == _FILES[kind] and not path.exists():
-        return generate(kind, _GENERATED[kind], seed=0)
-    return read_trace(path, kind)
+def start(arguments: argparse.ArgumentParser) -> tuple[argparse.Namespace, Trace]:
+    """Read the flags and the trace; exits with 2 if something that they ask for is not there."""
+    flags = arguments.parse_args()
+    try:
+        if flags.plot:
+            load_pyplot()
+        return flags, _load(flags.kind, flags.trace)
+    except (TraceError, PlotError) as error:
+        arguments.error(str(error))
+
+
+def _load(kind: str, path: pathlib.Path | None) -> Trace:
+    """The trace at `path`; by default the usual file or, if that is not there, a generated one."""
+    if path is not None:
+        return read_trace(path, kind)
+    if _FILES[kind].exists():
+        return read_trace(_FILES[kind], kind)
+    return generate(kind, _GENERATED[kind], seed=0)
 
 
 def run(label: str, trace: Trace, setup: Setup) -> Summary:

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.report import Target
-from benchmarks.simulate_cases import PROFILE, Curves, draw, load, parser, run
+from benchmarks.simulate_cases import PROFILE, Curves, draw, parser, run, start
 from blockyard.simulate.device import DeviceProfile
 from blockyard.simulate.setup import Sizes, make_setup
 from blockyard.simulate.summary import Summary
@@ -143,8 +143,8 @@ def _worst_of_auto(figures: Mapping[str, Mapping[str, Mapping[int, Summary]]]) -
 
 def main() -> int:
     """Run the study; returns the exit code."""
-    flags = parser(__doc__, "azure").parse_args()
-    traces = [_growing(), load("azure", flags).take(_NUM_REQUESTS).all_at_once()]
+    flags, trace = start(parser(__doc__, "azure", can_plot=True))
+    traces = [_growing(), trace.take(_NUM_REQUESTS).all_at_once()]
     results: dict[str, Any] = {}
     targets: list[Target] = []
     for trace in traces:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from benchmarks import report
 from benchmarks.report import Target
-from benchmarks.simulate_cases import KV_GIB, PROFILE, draw, load, parser, run
+from benchmarks.simulate_cases import KV_GIB, PROFILE, draw, parser, run, start
 from blockyard.simulate.setup import Sizes, blocks_in, make_setup
 from blockyard.simulate.summary import Summary
 from blockyard.simulate.trace import Trace
@@ -72,8 +72,7 @@ def _print(title: str, figures: Figures) -> None:
 
 def main() -> int:
     """Run the study; returns the exit code."""
-    flags = parser(__doc__, "mooncake").parse_args()
-    trace = load("mooncake", flags)
+    flags, trace = start(parser(__doc__, "mooncake", can_plot=True))
     ideal = trace.ideal_hit_ratio()
     curves = {"device alone": _device_alone(trace), "device + host": _with_host(trace)}
     for title, figures in curves.items():

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from benchmarks import report
 from benchmarks.report import ROOT, Target
-from benchmarks.simulate_cases import KV_GIB, PROFILE, load, parser, run
+from benchmarks.simulate_cases import KV_GIB, PROFILE, parser, run, start
 from blockyard.simulate.run import simulate
 from blockyard.simulate.setup import Sizes, blocks_in, make_setup
 
@@ -48,8 +48,7 @@ def main() -> int:
     """Run the study; returns the exit code."""
     arguments = parser(__doc__, "azure")
     arguments.add_argument("--requests", type=int, default=_NUM_REQUESTS)
-    flags = arguments.parse_args()
-    trace = load("azure", flags)
+    flags, trace = start(arguments)
     setup = make_setup("blockyard", Sizes(blocks_in(KV_GIB, 16, PROFILE)), PROFILE)
     profile = cProfile.Profile()
     few = trace.take(_NUM_PROFILED).all_at_once()

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from benchmarks import report
 from benchmarks.report import Target
-from benchmarks.simulate_cases import KV_GIB, PROFILE, load, parser, run
+from benchmarks.simulate_cases import KV_GIB, PROFILE, parser, run, start
 from blockyard.simulate.policies import POLICY_NAMES
 from blockyard.simulate.setup import Setup, Sizes, blocks_in, make_setup
 from blockyard.simulate.summary import Summary, short_prompt_waste
@@ -84,8 +84,8 @@ def _by_block_size(trace: Trace) -> dict[str, Any]:
 
 def main() -> int:
     """Run the study; returns the exit code."""
-    flags = parser(__doc__, "azure").parse_args()
-    trace = load("azure", flags).all_at_once()
+    _, trace = start(parser(__doc__, "azure"))
+    trace = trace.all_at_once()
     by_policy = {str(length): _by_policy(trace, length) for length in _MAX_MODEL_LENS}
     by_block_size = _by_block_size(trace)
     targets = [

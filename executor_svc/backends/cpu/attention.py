@@ -22,7 +22,6 @@ from executor_svc.backends.cpu.tiles import (
     locate_span,
     score_span,
     soften,
-    touch_span,
     weigh_span,
 )
 from executor_svc.backends.cpu.work import (
@@ -77,17 +76,12 @@ def _attend_item(
     totals[: num_queries * TILE] = 0
     tiles = np.empty(SPAN_TILES, np.int64)
     for begin in range(item[BEGIN], item[END], SPAN):
-        locate_span(table, begin, item[END], head_offset, shape, tiles)
-        score_span(pool, tiles, queries, num_queries, dim, scores)
         num_tokens = min(SPAN, item[END] - begin)
+        locate_span(table, begin, num_tokens, head_offset, shape, tiles)
+        score_span(pool, tiles, num_tokens, queries, num_queries, dim, scores)
         for j in range(num_queries):
             visible = min(item[POSITION] + j // group + 1 - begin, num_tokens)
             soften(scores, j, visible, dim, maxima, totals, sums)
-        if begin + SPAN < item[END]:
-            touch_span(pool, table, begin + SPAN, item[END], head_offset, shape)
-        else:  # the next KV head is mostly next in line
-            next_head = head_offset + shape[3] * 2 * TILE * dim
-            touch_span(pool, table, item[BEGIN], item[END], next_head, shape)
         weigh_span(pool, tiles, num_tokens, scores, num_queries, dim, sums)
 
 

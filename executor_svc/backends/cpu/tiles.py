@@ -28,7 +28,6 @@ from executor_svc.backends.cpu.simd import (
     max_lanes,
     maximum,
     mul,
-    prefetch,
     splat,
     store,
     zero,
@@ -37,8 +36,10 @@ from executor_svc.backends.cpu.work import TILE
 
 IndexArray = npt.NDArray[np.int64]
 IntArray = npt.NDArray[np.int32]
+Four = tuple[Vector, Vector, Vector, Vector]
+Eight = tuple[Vector, Vector, Vector, Vector, Vector, Vector, Vector, Vector]
 
-SPAN_TILES = 4
+SPAN_TILES = 8
 """Tiles read in lock step."""
 SPAN = SPAN_TILES * TILE
 """Context tokens scored at once."""
@@ -55,29 +56,25 @@ def _tile_address(table: IntArray, tile: int, head_offset: int, shape: IndexArra
 
 @inlined
 def locate_span(
-    table: IntArray, begin: int, end: int, head_offset: int, shape: IndexArray, tiles: IndexArray
+    table: IntArray,
+    begin: int,
+    num_tokens: int,
+    head_offset: int,
+    shape: IndexArray,
+    tiles: IndexArray,
 ) -> None:
-    """Fill tiles [SPAN_TILES] with the addresses of the tiles from token `begin` on.
-
-    Past the tile of token `end - 1` that one is repeated: there may be no further block.
-    """
-    for i in range(SPAN_TILES):
-        tile = min(begin // TILE + i, (end - 1) // TILE)
-        tiles[i] = _tile_address(table, tile, head_offset, shape)
+    """Fill tiles [SPAN_TILES] with the addresses of the tiles that hold tokens from `begin` on."""
+    for i in range((num_tokens + TILE - 1) // TILE):
+        tiles[i] = _tile_address(table, begin // TILE + i, head_offset, shape)
 
 
 @inlined
-def touch_span(
-    pool: FloatArray, table: IntArray, begin: int, end: int, head_offset: int, shape: IndexArray
-) -> None:
-    """Start reading the keys of the span that locate_span would find."""
-    for i in range(SPAN_TILES):
-        tile = min(begin // TILE + i, (end - 1) // TILE)
-        prefetch(pool, _tile_address(table, tile, head_offset, shape))
+def _zeros() -> Eight:
+    return zero(), zero(), zero(), zero(), zero(), zero(), zero(), zero()
 
 
 @inlined
-def _load_four(array: FloatArray, at: int) -> tuple[Vector, Vector, Vector, Vector]:
+def _load_four(array: FloatArray, at: int) -> Four:
     return load(array, at), load(array, at + 16), load(array, at + 32), load(array, at + 48)
 
 
@@ -93,12 +90,13 @@ def _store_four(array: FloatArray, at: int, v0: Vector, v1: Vector, v2: Vector, 
 def _score_three(
     pool: FloatArray, tiles: IndexArray, queries: FloatArray, j: int, dim: int, scores: FloatArray
 ) -> None:
-    """Scores of the queries j, j + 1 and j + 2."""
+    """Scores of the queries j, j + 1 and j + 2 against a whole span."""
     q, at = j * dim, j * SPAN
     k0, k1, k2, k3 = tiles[0], tiles[1], tiles[2], tiles[3]
-    a0, a1, a2, a3 = zero(), zero(), zero(), zero()
-    b0, b1, b2, b3 = zero(), zero(), zero(), zero()
-    c0, c1, c2, c3 = zero(), zero(), zero(), zero()
+    k4, k5, k6, k7 = tiles[4], tiles[5], tiles[6], tiles[7]
+    a0, a1, a2, a3, a4, a5, a6, a7 = _zeros()
+    b0, b1, b2, b3, b4, b5, b6, b7 = _zeros()
+    c0, c1, c2, c3, c4, c5, c6, c7 = _zeros()
     for d in range(dim):
         a = load_splat(queries, q + d)
         b = load_splat(queries, q + dim + d)
@@ -111,31 +109,63 @@ def _score_three(
         a2, b2, c2 = fma(a, key, a2), fma(b, key, b2), fma(c, key, c2)
         key = load(pool, k3 + d * TILE)
         a3, b3, c3 = fma(a, key, a3), fma(b, key, b3), fma(c, key, c3)
+        key = load(pool, k4 + d * TILE)
+        a4, b4, c4 = fma(a, key, a4), fma(b, key, b4), fma(c, key, c4)
+        key = load(pool, k5 + d * TILE)
+        a5, b5, c5 = fma(a, key, a5), fma(b, key, b5), fma(c, key, c5)
+        key = load(pool, k6 + d * TILE)
+        a6, b6, c6 = fma(a, key, a6), fma(b, key, b6), fma(c, key, c6)
+        key = load(pool, k7 + d * TILE)
+        a7, b7, c7 = fma(a, key, a7), fma(b, key, b7), fma(c, key, c7)
     _store_four(scores, at, a0, a1, a2, a3)
+    _store_four(scores, at + 64, a4, a5, a6, a7)
     _store_four(scores, at + SPAN, b0, b1, b2, b3)
+    _store_four(scores, at + SPAN + 64, b4, b5, b6, b7)
     _store_four(scores, at + 2 * SPAN, c0, c1, c2, c3)
+    _store_four(scores, at + 2 * SPAN + 64, c4, c5, c6, c7)
 
 
 @inlined
 def _score_one(
     pool: FloatArray, tiles: IndexArray, queries: FloatArray, j: int, dim: int, scores: FloatArray
 ) -> None:
+    """Scores of query j against a whole span."""
     q, at = j * dim, j * SPAN
     k0, k1, k2, k3 = tiles[0], tiles[1], tiles[2], tiles[3]
-    a0, a1, a2, a3 = zero(), zero(), zero(), zero()
+    k4, k5, k6, k7 = tiles[4], tiles[5], tiles[6], tiles[7]
+    a0, a1, a2, a3, a4, a5, a6, a7 = _zeros()
     for d in range(dim):
         a = load_splat(queries, q + d)
         a0 = fma(a, load(pool, k0 + d * TILE), a0)
         a1 = fma(a, load(pool, k1 + d * TILE), a1)
         a2 = fma(a, load(pool, k2 + d * TILE), a2)
         a3 = fma(a, load(pool, k3 + d * TILE), a3)
+        a4 = fma(a, load(pool, k4 + d * TILE), a4)
+        a5 = fma(a, load(pool, k5 + d * TILE), a5)
+        a6 = fma(a, load(pool, k6 + d * TILE), a6)
+        a7 = fma(a, load(pool, k7 + d * TILE), a7)
     _store_four(scores, at, a0, a1, a2, a3)
+    _store_four(scores, at + 64, a4, a5, a6, a7)
+
+
+@inlined
+def _score_tile(pool: FloatArray, keys: int, queries: FloatArray, q: int, dim: int) -> Vector:
+    """Scores of the query at q against one tile."""
+    a0, a1, a2, a3 = zero(), zero(), zero(), zero()
+    for d in range(0, dim, 4):
+        at = keys + d * TILE
+        a0 = fma(load_splat(queries, q + d), load(pool, at), a0)
+        a1 = fma(load_splat(queries, q + d + 1), load(pool, at + 16), a1)
+        a2 = fma(load_splat(queries, q + d + 2), load(pool, at + 32), a2)
+        a3 = fma(load_splat(queries, q + d + 3), load(pool, at + 48), a3)
+    return add(add(a0, a1), add(a2, a3))
 
 
 @inlined
 def score_span(
     pool: FloatArray,
     tiles: IndexArray,
+    num_tokens: int,
     queries: FloatArray,
     num_queries: int,
     dim: int,
@@ -143,15 +173,19 @@ def score_span(
 ) -> None:
     """Scores [num_queries, SPAN] of queries [num_queries, dim] against the tiles' keys.
 
-    Touches the tiles' values, which weigh_span will read.
+    Those of tiles past num_tokens are not written.
     """
-    for i in range(SPAN_TILES):
-        prefetch(pool, tiles[i] + TILE * dim)
-    threes = num_queries // 3 * 3
-    for j in range(0, threes, 3):
-        _score_three(pool, tiles, queries, j, dim, scores)
-    for j in range(threes, num_queries):
-        _score_one(pool, tiles, queries, j, dim, scores)
+    if num_tokens == SPAN:
+        threes = num_queries // 3 * 3
+        for j in range(0, threes, 3):
+            _score_three(pool, tiles, queries, j, dim, scores)
+        for j in range(threes, num_queries):
+            _score_one(pool, tiles, queries, j, dim, scores)
+    else:
+        for i in range((num_tokens + TILE - 1) // TILE):
+            for j in range(num_queries):
+                score = _score_tile(pool, tiles[i], queries, j * dim, dim)
+                store(scores, j * SPAN + i * TILE, score)
 
 
 @inlined
@@ -174,8 +208,8 @@ def soften(
         scores[first + t] = -np.inf
     last_max = splat(maxima[j])
     highest = last_max
-    for at in range(first, first + SPAN, TILE):
-        highest = maximum(load(scores, at), highest)
+    for i in range(0, SPAN, TILE):
+        highest = maximum(load(scores, first + i), highest)
     if any_above(highest, last_max):
         faded = exp(splat(maxima[j] - max_lanes(highest)))
         maxima[j] = max_lanes(highest)
@@ -184,9 +218,9 @@ def soften(
             store(sums, at, mul(load(sums, at), faded))
     offset = splat(-maxima[j])
     weight_sum = load(totals, total)
-    for at in range(first, first + SPAN, TILE):
-        weights = exp(add(load(scores, at), offset))
-        store(scores, at, weights)
+    for i in range(0, SPAN, TILE):
+        weights = exp(add(load(scores, first + i), offset))
+        store(scores, first + i, weights)
         weight_sum = add(weight_sum, weights)
     store(totals, total, weight_sum)
     # exp is never 0: too little to be seen in the total, but a value may be NaN.
