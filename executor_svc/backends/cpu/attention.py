@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import prange
 
-from executor_svc.backends.cpu.jit import inlined, kernel, parallel_kernel
-from executor_svc.backends.cpu.simd import FloatArray, load, mul, splat, store, sum_lanes
+from executor_svc.backends.cpu.jit import inlined, parallel_kernel
+from executor_svc.backends.cpu.simd import FloatArray, fma, load, mul, splat, store, sum_lanes
 from executor_svc.backends.cpu.tiles import (
     SPAN,
     SPAN_TILES,
@@ -78,10 +78,10 @@ def _attend_item(
     for begin in range(item[BEGIN], item[END], SPAN):
         num_tokens = min(SPAN, item[END] - begin)
         locate_span(table, begin, num_tokens, head_offset, shape, tiles)
-        score_span(pool, tiles, num_tokens, queries, num_queries, dim, scores)
+        score_span(pool, tiles, queries, num_queries, dim, scores)
         for j in range(num_queries):
             visible = min(item[POSITION] + j // group + 1 - begin, num_tokens)
-            soften(scores, j, visible, dim, maxima, totals, sums)
+            soften(scores, j, visible, num_tokens, dim, maxima, totals, sums)
         weigh_span(pool, tiles, num_tokens, scores, num_queries, dim, sums)
 
 
@@ -114,12 +114,40 @@ def _emit(
                 store(out, target + offset, mul(load(sums, j * dim + offset), scale))
 
 
+@inlined
+def _merge(merges: IndexArray, partials: FloatArray, shape: IndexArray, out: FloatArray) -> None:
+    """Combine the parts of each token in merges [m, 3], in context order, into `out`."""
+    num_heads, dim = shape[0], shape[2]
+    stride = num_heads * (dim + 2)
+    for m in range(len(merges)):
+        token, first, count = merges[m]
+        for head in range(num_heads):
+            begin = (first * num_heads + head) * (dim + 2)
+            end = begin + count * stride
+            highest = np.float32(-np.inf)
+            for source in range(begin, end, stride):
+                highest = max(highest, partials[source + dim])
+            target = (token * num_heads + head) * dim
+            out[target : target + dim] = 0
+            total = np.float32(0)
+            for source in range(begin, end, stride):
+                factor = np.exp(partials[source + dim] - highest)
+                total += factor * partials[source + dim + 1]
+                for d in range(0, dim, TILE):
+                    weighted = fma(splat(factor), load(partials, source + d), load(out, target + d))
+                    store(out, target + d, weighted)
+            scale = splat(np.float32(1) / total)
+            for d in range(0, dim, TILE):
+                store(out, target + d, mul(load(out, target + d), scale))
+
+
 @parallel_kernel
 def attend(
     qkv: FloatArray,
     pool: FloatArray,
     block_table: IntArray,
     items: IndexArray,
+    merges: IndexArray,
     begins: IndexArray,
     layer: int,
     shape: IndexArray,
@@ -133,12 +161,12 @@ def attend(
         qkv: [T * (heads + 2 * kv_heads) * head_dim], rotated.
         pool: all blocks, flat.
         block_table: [max_rows, max_blocks_per_row].
-        items, begins: from plan_items.
+        items, merges, begins: from plan_items.
         layer: whose slots to read.
         shape: see the module.
         max_queries: most queries of one KV head in an item.
-        out: [T * heads * head_dim], written except for merged tokens.
-        partials: [num_partials * heads * (head_dim + 2)], for `merge`.
+        out: [T * heads * head_dim], written.
+        partials: [num_partials * heads * (head_dim + 2)], scratch for the parts.
     """
     for thread in prange(begins.size - 1):
         num_kv_heads, dim = shape[1], shape[2]
@@ -167,28 +195,4 @@ def attend(
                 totals,
             )
             _emit(item, kv_head, shape, num_queries, sums, maxima, totals, out, partials)
-
-
-@kernel
-def merge(merges: IndexArray, partials: FloatArray, shape: IndexArray, out: FloatArray) -> None:
-    """Combine the parts of each token in merges [m, 3], in context order, into `out`."""
-    num_heads, dim = shape[0], shape[2]
-    for m in range(len(merges)):
-        token, first, count = merges[m]
-        for head in range(num_heads):
-            begin = (first * num_heads + head) * (dim + 2)
-            stride = num_heads * (dim + 2)
-            highest = np.float32(-np.inf)
-            for part in range(count):
-                highest = max(highest, partials[begin + part * stride + dim])
-            target = (token * num_heads + head) * dim
-            out[target : target + dim] = 0
-            total = np.float32(0)
-            for part in range(count):
-                source = begin + part * stride
-                factor = np.exp(partials[source + dim] - highest)
-                total += factor * partials[source + dim + 1]
-                for d in range(dim):
-                    out[target + d] += factor * partials[source + d]
-            for d in range(dim):
-                out[target + d] /= total
+    _merge(merges, partials, shape, out)

@@ -170,21 +170,19 @@ class CpuBackend:
         step = self._step
         assert step is not None
         out = self._attended[: len(qkv)]
-        flat_out = _flat(out)
         attention.attend(
             _flat(qkv),
             self._pool,
             step.block_table,
             step.items,
+            step.merges,
             step.begins,
             layer,
             self._shape,
             self._max_queries,
-            flat_out,
+            _flat(out),
             step.partials,
         )
-        if len(step.merges):
-            attention.merge(step.merges, step.partials, self._shape, flat_out)
         return out
 
 

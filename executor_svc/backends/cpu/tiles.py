@@ -1,13 +1,12 @@
-"""Inner loops of attention: queries against a span of four 16-token tiles of keys and values.
+"""Inner loops of attention: queries against a span of eight 16-token tiles of keys and values.
 
 Three queries at a time share every vector that is loaded; all sums stay in registers.
 
-Blocks lie anywhere in the pool, so a tile is a short run of memory in an unforeseen place, and a
-run that short is over before the hardware has translated its address and learned to read ahead:
-tiles read one after the other come at a third of the bandwidth. Therefore the tiles of a span are
-read in lock step, a line of each in turn, and the first lines of what comes next are touched one
-step early. Prefetching every line by software is slower: a core waits for few lines at once, the
-cache behind it for many.
+Blocks lie anywhere in the pool, so a tile is a short run of memory in an unforeseen place: it is
+over before its address is translated and the hardware has learned to read ahead. Tiles read one
+after the other come at a quarter of the bandwidth of a plain read, however early software
+prefetches their lines. Therefore all tiles of a span are read in lock step, a line of each in
+turn: the delays overlap, and the hardware reads ahead in eight places at once.
 """
 
 from __future__ import annotations
@@ -63,9 +62,14 @@ def locate_span(
     shape: IndexArray,
     tiles: IndexArray,
 ) -> None:
-    """Fill tiles [SPAN_TILES] with the addresses of the tiles that hold tokens from `begin` on."""
-    for i in range((num_tokens + TILE - 1) // TILE):
-        tiles[i] = _tile_address(table, begin // TILE + i, head_offset, shape)
+    """Fill tiles [SPAN_TILES] with the addresses of the tiles that hold tokens from `begin` on.
+
+    Where num_tokens fill fewer tiles the last one is repeated, so that it can be read in lock
+    step all the same.
+    """
+    last = (num_tokens - 1) // TILE
+    for i in range(SPAN_TILES):
+        tiles[i] = _tile_address(table, begin // TILE + min(i, last), head_offset, shape)
 
 
 @inlined
@@ -90,7 +94,7 @@ def _store_four(array: FloatArray, at: int, v0: Vector, v1: Vector, v2: Vector, 
 def _score_three(
     pool: FloatArray, tiles: IndexArray, queries: FloatArray, j: int, dim: int, scores: FloatArray
 ) -> None:
-    """Scores of the queries j, j + 1 and j + 2 against a whole span."""
+    """Scores of the queries j, j + 1 and j + 2, to their places."""
     q, at = j * dim, j * SPAN
     k0, k1, k2, k3 = tiles[0], tiles[1], tiles[2], tiles[3]
     k4, k5, k6, k7 = tiles[4], tiles[5], tiles[6], tiles[7]
@@ -129,7 +133,6 @@ def _score_three(
 def _score_one(
     pool: FloatArray, tiles: IndexArray, queries: FloatArray, j: int, dim: int, scores: FloatArray
 ) -> None:
-    """Scores of query j against a whole span."""
     q, at = j * dim, j * SPAN
     k0, k1, k2, k3 = tiles[0], tiles[1], tiles[2], tiles[3]
     k4, k5, k6, k7 = tiles[4], tiles[5], tiles[6], tiles[7]
@@ -149,43 +152,20 @@ def _score_one(
 
 
 @inlined
-def _score_tile(pool: FloatArray, keys: int, queries: FloatArray, q: int, dim: int) -> Vector:
-    """Scores of the query at q against one tile."""
-    a0, a1, a2, a3 = zero(), zero(), zero(), zero()
-    for d in range(0, dim, 4):
-        at = keys + d * TILE
-        a0 = fma(load_splat(queries, q + d), load(pool, at), a0)
-        a1 = fma(load_splat(queries, q + d + 1), load(pool, at + 16), a1)
-        a2 = fma(load_splat(queries, q + d + 2), load(pool, at + 32), a2)
-        a3 = fma(load_splat(queries, q + d + 3), load(pool, at + 48), a3)
-    return add(add(a0, a1), add(a2, a3))
-
-
-@inlined
 def score_span(
     pool: FloatArray,
     tiles: IndexArray,
-    num_tokens: int,
     queries: FloatArray,
     num_queries: int,
     dim: int,
     scores: FloatArray,
 ) -> None:
-    """Scores [num_queries, SPAN] of queries [num_queries, dim] against the tiles' keys.
-
-    Those of tiles past num_tokens are not written.
-    """
-    if num_tokens == SPAN:
-        threes = num_queries // 3 * 3
-        for j in range(0, threes, 3):
-            _score_three(pool, tiles, queries, j, dim, scores)
-        for j in range(threes, num_queries):
-            _score_one(pool, tiles, queries, j, dim, scores)
-    else:
-        for i in range((num_tokens + TILE - 1) // TILE):
-            for j in range(num_queries):
-                score = _score_tile(pool, tiles[i], queries, j * dim, dim)
-                store(scores, j * SPAN + i * TILE, score)
+    """Scores [num_queries, SPAN] of queries [num_queries, dim] against the tiles' keys."""
+    threes = num_queries // 3 * 3
+    for j in range(0, threes, 3):
+        _score_three(pool, tiles, queries, j, dim, scores)
+    for j in range(threes, num_queries):
+        _score_one(pool, tiles, queries, j, dim, scores)
 
 
 @inlined
@@ -193,22 +173,25 @@ def soften(
     scores: FloatArray,
     j: int,
     visible: int,
+    num_tokens: int,
     dim: int,
     maxima: FloatArray,
     totals: FloatArray,
     sums: FloatArray,
 ) -> None:
-    """Turn query j's scores [SPAN] into weights exp(score - maximum) in place, 0 past `visible`.
+    """Turn query j's scores into weights exp(score - maximum) in place, 0 past `visible`.
 
+    Only the tiles that num_tokens fill are looked at.
     Keeps its running maximum, the sum of its weights (totals [num_queries, TILE], one for each
     lane) and, in step with the maximum, its weighted values (sums [num_queries, dim]).
     """
     first, total = j * SPAN, j * TILE
-    for t in range(max(visible, 0), SPAN):
+    num_scores = (num_tokens + TILE - 1) // TILE * TILE
+    for t in range(max(visible, 0), num_scores):
         scores[first + t] = -np.inf
     last_max = splat(maxima[j])
     highest = last_max
-    for i in range(0, SPAN, TILE):
+    for i in range(0, num_scores, TILE):
         highest = maximum(load(scores, first + i), highest)
     if any_above(highest, last_max):
         faded = exp(splat(maxima[j] - max_lanes(highest)))
@@ -218,13 +201,13 @@ def soften(
             store(sums, at, mul(load(sums, at), faded))
     offset = splat(-maxima[j])
     weight_sum = load(totals, total)
-    for i in range(0, SPAN, TILE):
+    for i in range(0, num_scores, TILE):
         weights = exp(add(load(scores, first + i), offset))
         store(scores, first + i, weights)
         weight_sum = add(weight_sum, weights)
     store(totals, total, weight_sum)
     # exp is never 0: too little to be seen in the total, but a value may be NaN.
-    for t in range(max(visible, 0), SPAN):
+    for t in range(max(visible, 0), num_scores):
         scores[first + t] = 0
 
 
@@ -326,7 +309,7 @@ def weigh_span(
     dim: int,
     sums: FloatArray,
 ) -> None:
-    """Add the first num_tokens values, weighted by [num_queries, SPAN], to sums [.., dim].
+    """Add the first num_tokens values, weighted by [num_queries, SPAN], to sums.
 
     Values further on are not read: nobody may have written them.
     """

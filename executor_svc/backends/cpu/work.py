@@ -19,7 +19,7 @@ IntArray = npt.NDArray[np.int32]
 TILE = 16
 """Tokens whose keys one vector spans."""
 PART = 256
-"""Context tokens scored at once, and the length of a decode part."""
+"""Context tokens of a decode part."""
 
 # Columns of an item: its first token in the step, number of tokens, executor row, position of the
 # first token, context span [BEGIN, END), and where a part's result goes (-1: it is the whole).
