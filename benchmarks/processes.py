@@ -6,6 +6,7 @@ import asyncio
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -16,6 +17,7 @@ import grpc
 
 _START_TIMEOUT_S: Final = 60.0
 _STOP_TIMEOUT_S: Final = 20.0
+_POLL_S: Final = 0.02
 
 
 class ProcessError(Exception):
@@ -27,7 +29,7 @@ class Processes:
 
     def __init__(self, run_dir: pathlib.Path) -> None:
         self.run_dir = run_dir
-        self._running: dict[str, asyncio.subprocess.Process] = {}
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def socket(self, name: str) -> str:
         """A gRPC address inside the run folder."""
@@ -39,13 +41,14 @@ class Processes:
         Raises ProcessError.
         """
         with self._log(name).open("wb") as log:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", module, *arguments), stdout=log, stderr=log
+            # Not asyncio's: uvloop forks by itself, which may hang once gRPC's threads run.
+            process = subprocess.Popen(  # noqa: ASYNC220 - returns as soon as the child runs
+                (sys.executable, "-m", module, *arguments), stdout=log, stderr=log
             )
         self._running[name] = process
         async with grpc.aio.insecure_channel(address) as channel:
             ready = asyncio.create_task(channel.channel_ready())
-            died = asyncio.create_task(process.wait())
+            died = asyncio.create_task(_end(process))
             await asyncio.wait(
                 {ready, died}, timeout=_START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
             )
@@ -63,13 +66,12 @@ class Processes:
     async def stop(self, name: str) -> None:
         """End one child with SIGTERM and wait for it. Raises ProcessError if it ended badly."""
         process = self._running.pop(name)
-        if process.returncode is None:
-            process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         try:
-            code = await asyncio.wait_for(process.wait(), _STOP_TIMEOUT_S)
+            code = await asyncio.wait_for(_end(process), _STOP_TIMEOUT_S)
         except TimeoutError:
             process.kill()
-            await process.wait()
+            await _end(process)
             raise ProcessError(f"{name} did not stop:\n{self.tail(name)}") from None
         if code != 0:
             raise ProcessError(f"{name} ended with {code}:\n{self.tail(name)}")
@@ -77,9 +79,8 @@ class Processes:
     async def kill_all(self) -> None:
         """Kill what still runs."""
         for process in self._running.values():
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            process.kill()
+            await _end(process)
 
     def _log(self, name: str) -> pathlib.Path:
         return self.run_dir / f"{name}.log"
@@ -94,6 +95,13 @@ async def processes() -> AsyncIterator[Processes]:
             yield children
         finally:
             await children.kill_all()
+
+
+async def _end(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a child; returns its exit code."""
+    while (code := process.poll()) is None:  # noqa: ASYNC110 - nobody signals the end
+        await asyncio.sleep(_POLL_S)
+    return code
 
 
 def cpu_seconds(pid: int) -> float:

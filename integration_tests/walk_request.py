@@ -96,7 +96,7 @@ class WalkRequest:
         if self.request.beam is not None:
             self._check_score(branch, finished)
         num_tokens = self.request.num_prompt_tokens + len(branch.output)
-        is_cut = self.is_shortened and num_tokens == self.request.max_total_tokens
+        is_cut = self.is_shortened and num_tokens >= self.request.max_total_tokens
         is_free = self.request.beam is not None and self.is_shortened
         is_whole = branch.output == branch.expected
         assert is_whole or is_cut or is_free, f"{self}: ended after {len(branch.output)} tokens"

@@ -71,7 +71,8 @@ class BatchBuilder:
 
     def scheduled_rows(self) -> set[int]:
         """Rows that are in the batch already, and so can no longer be preempted by this plan."""
-        return set(chain(self._decodes.tolist(), self._driven, self._prefills))
+        begun = (new.row for new in self._plan.new_rows)
+        return set(chain(self._decodes.tolist(), self._driven, self._prefills, begun))
 
     def build(
         self, rows: Rows, freed_rows: list[int], moves: Moves, last_batch: RowIds

@@ -153,6 +153,11 @@ class BeamSearch:
         assert 0 <= beam < self._num_beams, (beam, self._num_beams)
         return self._token_ids[beam, : self._num_output_tokens].copy()
 
+    def parent_ids(self, beam: int) -> TokenIds:
+        """Output tokens of a beam that was live before the advance that ended the search."""
+        assert self.is_done, "the search goes on"
+        return self._token_ids[beam, : max(0, self._num_output_tokens - 1)].copy()
+
     def advance(self, token_ids: Sequence[TokenIds], logprobs: Sequence[FloatArray]) -> list[int]:
         """Extend every live beam by one token, or end the search.
 

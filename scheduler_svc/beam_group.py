@@ -134,8 +134,9 @@ class BeamGroup:
         parents = self.search.advance([ids for ids, _ in taken], [probs for _, probs in taken])
         self._sources = [self._live[parent] for parent in parents]
         self._candidates = {}
-        for lane in set(self._live) - set(self._sources):
-            residents.empty(self.lanes[lane])
+        if not self.search.is_done:
+            for lane in set(self._live) - set(self._sources):
+                residents.empty(self.lanes[lane])
         return True
 
     def num_blocks_needed(self, residents: Residents) -> int:
@@ -189,7 +190,9 @@ class BeamGroup:
     def settle(self) -> None:
         """Before lanes leave their rows: give each the tokens that its blocks hold."""
         held: dict[int, npt.NDArray[np.int32]] = {}
-        if self._sources is None:
+        if self.search.is_done:
+            held = {lane: self.search.parent_ids(i) for i, lane in enumerate(self._live)}
+        elif self._sources is None:
             held = {lane: self.search.output_ids(i) for i, lane in enumerate(self._live)}
         else:
             for index, lane in enumerate(self._sources):

@@ -160,11 +160,11 @@ class BlockPool:
                 del self._cached[block_id]
                 self._push_blank(np.array([block_id], np.int32))
 
-    def forget_all(self) -> int:
-        """Let no block be found any more; returns how many could be."""
-        named = np.array(list(self._hashes), np.int32)
-        self.forget(named)
-        return len(named)
+    def forget_cached(self) -> int:
+        """Make all cached blocks blank; returns how many there were."""
+        cached = np.array(list(self._cached), np.int32)
+        self.forget(cached)
+        return len(cached)
 
     def ref_counts(self, block_ids: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
         """Holders of each of these blocks [n]."""

@@ -112,7 +112,7 @@ class ExecutorClient:
         self._sent: deque[pb.StepPlan] = deque()  # and not yet answered
         self._silent_s = 0.0  # since the last frame
         self._stuck_s = 0.0  # since the last result, while plans were in flight
-        self._outbox: asyncio.Queue[pb.RunRequest] = asyncio.Queue()
+        self._outbox: asyncio.Queue[pb.RunRequest | SessionEndedError] = asyncio.Queue()
         self._wants_reset = False
         self._state, self._message = LinkState.CONNECTING, ""
         self._last_step_id = 0  # of the last result in this epoch
@@ -133,6 +133,11 @@ class ExecutorClient:
         assert plan.epoch == self.epoch, (plan.epoch, self.epoch)
         self._sent.append(plan)
         self._outbox.put_nowait(pb.RunRequest(plan=plan))
+
+    def reset(self, reason: str) -> None:
+        """End the session and open again with a new epoch: what was planned is lost."""
+        self._wants_reset = True
+        self._outbox.put_nowait(SessionEndedError(reason))
 
     async def run(self) -> None:
         """Keep a session open until cancelled."""
@@ -237,8 +242,11 @@ class ExecutorClient:
     async def _write(self, stream: Stream) -> None:
         outbox = self._outbox
         while True:
+            frame = await outbox.get()
+            if isinstance(frame, SessionEndedError):
+                raise frame
             try:
-                await stream.write(await outbox.get())
+                await stream.write(frame)
             except asyncio.InvalidStateError:
                 raise SessionEndedError("the call has ended") from None
 

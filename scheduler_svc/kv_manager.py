@@ -34,6 +34,8 @@ class KVManager:
         """Manage the pools and rows of one executor, all empty."""
         self._limits = limits
         self.block_size = limits.block_size
+        # Whether blocks that are evicted from the device are worth a copy on the host.
+        self.keeps_evicted = True
         on_evict = self._spill if limits.num_host_blocks else None
         self.pool = BlockPool(limits.num_device_blocks, num_reserved=1, on_evict=on_evict)
         self.host = BlockPool(limits.num_host_blocks)
@@ -130,7 +132,6 @@ class KVManager:
             self._table[row, : len(found)] = block_ids
             self.num_blocks[row] = self._num_named[row] = len(found)
             self._changed_ns[row] = self._now_ns
-            branch.request.blocks.num_shared += len(found)
         self.unpin(branch)
 
     def _fetch(self, branch: Branch, block_ids: BlockIds, indexes: npt.NDArray[np.int64]) -> None:
@@ -290,10 +291,12 @@ class KVManager:
             branch.host_block_ids = []
 
     def _spill(self, block_ids: list[int], hashes: list[BlockHash]) -> None:
-        """Evicted device blocks live on in the host pool, as far as that has room.
+        """Evicted device blocks live on in the host pool, if that pays and as far as it has room.
 
         Of a prefix, the end is evicted first; its beginning is of more use.
         """
+        if not self.keeps_evicted:
+            return
         find = self.host.find
         missing = [i for i, block_hash in enumerate(hashes) if find(block_hash) is None]
         missing = missing[max(0, len(missing) - self.host.num_free) :]

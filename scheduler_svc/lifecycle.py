@@ -8,7 +8,7 @@ from scheduler_svc.accounting import Counters
 from scheduler_svc.beam_group import BeamGroup
 from scheduler_svc.cost_model import CostModel
 from scheduler_svc.limits import Limits
-from scheduler_svc.policy import Policy, WaitingQueue, should_swap
+from scheduler_svc.policy import Policy, PreemptionMode, WaitingQueue, should_swap
 from scheduler_svc.prefix_cache import private_root_hash
 from scheduler_svc.request import Branch, Request, RequestStatus
 from scheduler_svc.residents import Residents
@@ -29,11 +29,20 @@ class Lifecycle:
         self.suspects: set[Branch] = set()  # with num_suspicions > 0
         self.is_stop_token = np.zeros(limits.vocab_size, np.bool_)  # of any request so far
         self.residents = Residents(limits, is_caching=policy.is_caching)
+        self.set_cost_model(self.cost_model)
 
     def begin_epoch(self, limits: Limits) -> None:
         """Start over on an executor that holds nothing. Whoever ran is the caller's business."""
         self.limits = limits
         self.residents = Residents(limits, is_caching=self.policy.is_caching)
+        self.set_cost_model(self.cost_model)
+
+    def set_cost_model(self, cost_model: CostModel) -> None:
+        """Take new prices; with AUTO they also tell whether the host is worth it for the cache."""
+        self.cost_model = cost_model
+        mode = self.policy.preemption
+        is_cheap = should_swap(mode, cost_model, self.limits, 1, 0)
+        self.residents.kv.keeps_evicted = is_cheap or mode is not PreemptionMode.AUTO
 
     def rename_waiting(self) -> None:
         """The block size changed: give the blocks of waiting branches their new names."""
@@ -92,12 +101,9 @@ class Lifecycle:
             return False
         hashes = self.residents.settle(branch)
         num_blocks = len(kv.private_blocks(branch.row, hashes))
+        num_before = (len(hashes) - num_blocks) * limits.block_size
         is_better = should_swap(
-            self.policy.preemption,
-            self.cost_model,
-            num_blocks,
-            limits.block_bytes,
-            limits.block_size,
+            self.policy.preemption, self.cost_model, limits, num_blocks, num_before
         )
         if not num_blocks or not is_better or num_blocks > kv.host.num_free:
             return False

@@ -36,9 +36,13 @@ class Planner:
         for branch in list(self._residents.prefilling):
             if self._batch.budget and branch.status is RequestStatus.RUNNING:
                 self._plan_prefill(branch)
-        # Who waits for blocks must get those that are freed, before anybody else enters.
-        if not (self._has_preempted or self._has_stalled):
+        if self._may_admit:
             self._admit()
+
+    @property
+    def _may_admit(self) -> bool:
+        """Who waits for blocks must get those that are freed, before anybody else enters."""
+        return not (self._has_preempted or self._has_stalled)
 
     # ---- decoding
 
@@ -119,8 +123,8 @@ class Planner:
         """Schedule the next chunk of a row, as long as budget and free blocks allow."""
         row, rows, kv = branch.row, self._rows, self._kv
         is_new = not rows.is_known[row]
-        if is_new and not kv.num_blocks[row]:
-            self._adopt(branch)
+        if is_new and not kv.num_blocks[row] and not self._adopt(branch):
+            return
         start, end = int(rows.num_planned[row]), int(rows.num_tokens[row])
         chunk = min(self._batch.budget, end - start)
         if not self._make_room(branch, kv.missing(row, start + chunk)):
@@ -163,10 +167,23 @@ class Planner:
             )
         )
 
-    def _adopt(self, branch: Branch) -> None:
-        """Start with what the prefix cache has."""
+    def _adopt(self, branch: Branch) -> bool:
+        """Start with what the prefix cache has; False if the branch must wait.
+
+        A beam waits for those before it in its search, whose blocks it shares: to compute them
+        again would take memory that its admission did not count on.
+        """
         kv, counters, request = self._kv, self._life.counters, branch.request
+        if next(b for b in self._residents.prefilling if b.request is request) is not branch:
+            return False
         found = kv.find(branch)
+        # What somebody holds takes no block; what is not cached takes one at least.
+        if not self._make_room(branch, len(found) - kv.num_held(found) + 1):
+            while found and len(found) - kv.num_held(found) >= kv.pool.num_free:
+                found.pop()
+        if not kv.pool.num_free:
+            self._has_stalled = True
+            return False
         kv.adopt(branch.row, branch, found)
         num_cached = len(found) * kv.block_size
         self._rows.num_planned[branch.row] = num_cached
@@ -177,6 +194,8 @@ class Planner:
         if not request.first_admitted_ns:
             request.first_admitted_ns = self._now_ns
             request.num_cached_tokens = num_cached
+            request.blocks.num_shared += (num_cached - num_from_host) // kv.block_size
+        return True
 
     def _end_prefill(self, branch: Branch) -> None:
         self._residents.prefilling.remove(branch)
@@ -197,8 +216,9 @@ class Planner:
         reserved = self._reserved_tokens(sample)
         num_shared = num_tokens // kv.block_size
         num_blocks = self._life.limits.blocks_for(max(num_tokens, reserved)) - num_shared
-        watermark = self._life.limits.watermark_blocks
-        if not rows.num_free or kv.num_unpromised - num_blocks < watermark:
+        num_spare = kv.num_unpromised - self._life.limits.watermark_blocks
+        must_wait = not self._may_admit or not self._may_join(sample)
+        if must_wait or not rows.num_free or max(1, num_blocks) > num_spare:
             self._life.spawn(sample)
             return
         sample.block_hashes = leader.block_hashes.copy()
@@ -216,7 +236,7 @@ class Planner:
         policy, rows = self._life.policy, self._rows
         if policy.is_static and self._residents.running:
             return
-        while (self._batch.budget or policy.is_static) and rows.num_free:
+        while (self._batch.budget or policy.is_static) and rows.num_free and self._may_admit:
             branch = self._life.waiting.peek()
             if branch is None or not self._may_enter(branch):
                 return
@@ -247,7 +267,7 @@ class Planner:
             return False  # its tokens under way must be known first
         if not residents.running:
             return True  # it fits alone, or it would not have been queued
-        if life.suspects and not self._may_join(branch):
+        if not self._may_join(branch):
             return False
         if self._rows.num_free < branch.request.width:
             return False
@@ -270,6 +290,8 @@ class Planner:
 
         If the epoch ends again, it alone reaches MAX_SUSPICIONS.
         """
+        if not self._life.suspects:
+            return True
         running = self._residents.running.values()
         if any(other.must_run_alone for other in running):
             return False

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from scheduler_svc.cost_model import CostModel
+from scheduler_svc.limits import Limits
 from scheduler_svc.request import Branch, Request, RequestStatus
 
 MAX_PREEMPTIONS_UNRESERVED = 2
@@ -43,7 +44,7 @@ def pick_victim(running: Iterable[Branch], for_branch: Branch) -> Branch | None:
 
     Only branches that arrived later are asked, so the oldest one running is never a victim: that
     is the proof of progress. The youngest goes first, except that branches admitted with a
-    reservation go last, which bounds how often one is preempted. Lanes of one beam search do not
+    reservation go last, so that few are preempted a third time. Lanes of one beam search do not
     take from each other.
     """
     younger = [b for b in running if b.key > for_branch.key and not _is_same_beam(b, for_branch)]
@@ -55,15 +56,37 @@ def _is_same_beam(branch: Branch, other: Branch) -> bool:
 
 
 def should_swap(
-    mode: PreemptionMode, cost: CostModel, num_blocks: int, block_bytes: int, block_size: int
+    mode: PreemptionMode, cost: CostModel, limits: Limits, num_blocks: int, num_tokens_before: int
 ) -> bool:
-    """Whether moving `num_blocks` full blocks out and in again beats computing them again."""
+    """Whether moving full blocks out and in again beats computing them again.
+
+    Args:
+        mode: AUTO decides by price.
+        cost: prices; without one of swapping nothing is swapped.
+        limits: sizes of a block, and of the chunks in which tokens would be computed.
+        num_blocks: to move, at the end of a sequence.
+        num_tokens_before: of the sequence; computing the others reads their KV.
+    """
     if mode is not PreemptionMode.AUTO:
         return mode is PreemptionMode.SWAP
     if not cost.swap_bytes_per_s:
         return False
-    swap_ns = 2 * num_blocks * block_bytes / cost.swap_bytes_per_s * 1e9
-    return swap_ns < num_blocks * block_size * cost.token_ns
+    swap_ns = 2 * num_blocks * limits.block_bytes / cost.swap_bytes_per_s * 1e9
+    return swap_ns < _recompute_ns(cost, limits, num_blocks, num_tokens_before)
+
+
+def _recompute_ns(
+    cost: CostModel, limits: Limits, num_blocks: int, num_tokens_before: int
+) -> float:
+    """Time of computing the blocks' tokens in chunks beside other rows, without fixed costs."""
+    num_tokens = num_blocks * limits.block_size
+    total_ns = num_tokens * cost.token_ns
+    if cost.kv_bytes_per_s:
+        num_chunks = -(-num_tokens // limits.max_num_batched_tokens)
+        mean_context = num_tokens_before + num_tokens * (num_chunks + 1) / (2 * num_chunks)
+        read_bytes = num_chunks * mean_context * limits.block_bytes / limits.block_size
+        total_ns += read_bytes / cost.kv_bytes_per_s * 1e9
+    return total_ns
 
 
 _MAX_DEAD_ENTRIES = 64

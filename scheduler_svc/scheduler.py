@@ -37,7 +37,7 @@ MAX_SUSPICIONS = 3
 
 
 class StuckError(AssertionError):
-    """Branches wait, nothing runs and nothing is under way, and yet no step could be planned."""
+    """There are branches and nothing is under way, and yet no step could be planned: a bug."""
 
 
 class Scheduler:
@@ -111,11 +111,11 @@ class Scheduler:
 
     def set_cost_model(self, cost_model: CostModel) -> None:
         """What steps cost from now on, for the choice between recomputing and swapping."""
-        self._life.cost_model = cost_model
+        self._life.set_cost_model(cost_model)
 
     def flush_cache(self) -> tuple[int, int]:
-        """Find nothing that is cached now any more; returns how many device and host blocks."""
-        return self.kv.pool.forget_all(), self.kv.host.forget_all()
+        """Forget all blocks that nobody holds; returns how many on the device and on the host."""
+        return self.kv.pool.forget_cached(), self.kv.host.forget_cached()
 
     # ---- requests
 
@@ -146,8 +146,10 @@ class Scheduler:
         moves = residents.kv.end_plan()
         plan = batch.build(residents.rows, residents.freed_rows, moves, self._last_batch)
         if plan.is_empty:
-            if len(self.waiting) and not self.running and not self.in_flight:
-                raise StuckError(f"{len(self.waiting)} branches wait for nothing")
+            if (self.running or len(self.waiting)) and not self.in_flight:
+                raise StuckError(
+                    f"{len(self.running)} branches run and {len(self.waiting)} wait, for nothing"
+                )
             return None
         residents.freed_rows = []
         self._next_step_id += 1
@@ -206,6 +208,7 @@ class Scheduler:
                 self._life.suspects.add(branch)
             if branch.status is RequestStatus.RUNNING:
                 old.settle(branch)
+                branch.request.blocks.held_block_ns += old.kv.release(branch.row)
                 old.rows.leave(branch)
                 branch.move_to(RequestStatus.WAITING)
                 stopped.append(branch)
@@ -231,13 +234,23 @@ class Scheduler:
             suspects = request.branches if request.beam is not None else [branch]
             if any(each.num_suspicions >= MAX_SUSPICIONS for each in suspects):
                 life.fail(branch, "in flight each time the executor was lost", tokens)
-            elif len(branch.token_ids) >= longest or request.width > self.limits.max_num_seqs:
+            elif request.num_prompt_tokens >= longest or request.width > self.limits.max_num_seqs:
                 life.fail(branch, "too large for the executor that replaced a lost one", tokens)
-            elif longest < request.max_total_tokens:
-                request.max_total_tokens = longest
-                if (group := life.groups.get(request.key)) is not None:
-                    group.search.shorten(longest)
-                    if group.search.is_done:
-                        commit_beams(life, group, tokens)
+            else:
+                self._shorten(branch, longest, tokens)
         life.suspects = {branch for branch in life.suspects if not branch.status.is_finished}
         return tokens.build()
+
+    def _shorten(self, branch: Branch, longest: int, tokens: TokenColumns) -> None:
+        """Lower the length limit of a waiting branch's request; who has reached it ends."""
+        life, request = self._life, branch.request
+        request.max_total_tokens = min(request.max_total_tokens, longest)
+        if (group := life.groups.get(request.key)) is not None:
+            group.search.shorten(request.max_total_tokens)
+            if group.search.is_done:
+                commit_beams(life, group, tokens)
+        elif len(branch.token_ids) >= request.max_total_tokens:
+            num_output_tokens = len(branch.token_ids) - request.num_prompt_tokens
+            tokens.finished.append(
+                life.end_branch(branch, RequestStatus.FINISHED_LENGTH, num_output_tokens)
+            )

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 @click.option(
     "--plan-log",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Log all plans and results, prompts included, for `blockyard replay`.",
+    help="Log all plans and results, prompts included, for `blockyard replay`; grows without end.",
 )
 @click.option("--max-num-seqs", type=int, help="Most requests running at once.")
 @click.option("--max-num-batched-tokens", type=int, help="Most tokens in one step.")

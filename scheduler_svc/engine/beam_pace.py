@@ -10,6 +10,7 @@ MAX_DELAY: Final = 0.15
 """Share of a step by which the rows beside beams may be slowed down."""
 
 _WEIGHT: Final = 0.1
+_FORGETTING: Final = 0.99
 _FIRST_BUBBLE_NS: Final = 1e6
 
 
@@ -31,8 +32,10 @@ class BeamPace:
         return self._bubble_ns <= MAX_DELAY * self._step_ns
 
     def observe(self, timings: pb.StepTimings) -> None:
-        """Take a step's timings; one that waited in no queue shows the bubble."""
+        """Take a step's timings; one before which the device was idle shows the bubble."""
         step_ns = timings.apply_ns + timings.forward_ns + timings.sample_ns
         self._step_ns += _WEIGHT * (step_ns - self._step_ns)
         if timings.idle_ns:
             self._bubble_ns += _WEIGHT * (min(timings.idle_ns, step_ns) - self._bubble_ns)
+        else:
+            self._bubble_ns *= _FORGETTING  # so that it is tried again now and then

@@ -33,7 +33,7 @@ from scheduler_svc.executor_client import (
 from scheduler_svc.limits import Limits
 from scheduler_svc.plan_log import PlanLog
 from scheduler_svc.policy import Policy
-from scheduler_svc.scheduler import Scheduler
+from scheduler_svc.scheduler import Scheduler, StuckError
 from scheduler_svc.step_plan import Finished, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,14 @@ class Engine:
         ):
             now_ns = time.monotonic_ns()
             self._log.plan_call(now_ns)
-            plan = scheduler.plan(now_ns)
+            try:
+                plan = scheduler.plan(now_ns)
+            except StuckError as error:
+                if self._settings.strict:
+                    raise
+                logger.critical("%s; starting over", error)
+                self.client.reset(str(error))
+                return
             if plan is None:
                 return
             message = plan_codec.encode(plan)
@@ -294,7 +301,7 @@ class Engine:
         link.push_finish(finish_message(finished))
 
     def flush_cache(self) -> pb.FlushCacheResponse:
-        """Let nothing that is cached now be found again."""
+        """Forget every cached block that nobody holds."""
         if self.scheduler is None:
             return pb.FlushCacheResponse()
         self._log.flush_cache()

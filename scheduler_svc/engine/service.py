@@ -96,5 +96,5 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     async def FlushCache(
         self, request: pb.FlushCacheRequest, context: Context
     ) -> pb.FlushCacheResponse:
-        """Let nothing that is cached now be found again."""
+        """Forget every cached block that nobody holds."""
         return self._engine.flush_cache()

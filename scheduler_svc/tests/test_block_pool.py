@@ -170,13 +170,14 @@ def test_a_forgotten_block_is_blank_at_once_or_when_it_is_let_go() -> None:
     assert pool.num_evicted == 0
 
 
-def test_forget_all_counts_what_could_be_found() -> None:
+def test_forget_cached_leaves_what_is_held() -> None:
     pool = BlockPool(8)
     cached(pool, "ab")
     held = pool.allocate(2)
     pool.name(held[:1], [b"c"])
-    assert pool.forget_all() == 3
-    assert pool.forget_all() == 0
+    assert pool.forget_cached() == 2
+    assert pool.forget_cached() == 0
+    assert pool.find(b"c") == held[0]
     pool.check_conservation(held)
 
 
@@ -215,4 +216,5 @@ def test_random_walk_conserves_blocks_and_finds_what_was_not_evicted(seed: int) 
         pool.check_conservation(holders)
         assert pool.num_free + len(np.unique(holders)) == pool.num_usable
         assert all(pool.find(name) == block_id for name, block_id in names.items())
-    assert pool.forget_all() == len(names)
+    num_cached = pool.num_cached
+    assert pool.forget_cached() == num_cached

@@ -6,6 +6,7 @@ import pytest
 
 from scheduler_svc.beam import BeamParams
 from scheduler_svc.cost_model import CostModel
+from scheduler_svc.limits import Limits
 from scheduler_svc.policy import (
     PreemptionMode,
     WaitingQueue,
@@ -53,6 +54,16 @@ def test_samples_take_from_each_other_and_lanes_do_not() -> None:
 
 # ---- prices
 
+LIMITS = Limits(
+    num_device_blocks=9,
+    block_size=16,
+    max_num_seqs=4,
+    max_num_batched_tokens=64,
+    max_model_len=64,
+    vocab_size=256,
+    block_bytes=1000,
+)
+
 
 @pytest.mark.parametrize(
     ("swap_bytes_per_s", "expected"), [(0.0, False), (1e9, False), (1.25e9, False), (1.26e9, True)]
@@ -63,14 +74,21 @@ def test_the_cheaper_way_is_taken_and_an_unknown_price_is_none(
     """Sixteen tokens cost 1600 ns to compute; 1000 bytes move out and in again."""
     cost = CostModel(token_ns=100.0, swap_bytes_per_s=swap_bytes_per_s)
     for num_blocks in (1, 7):
-        assert should_swap(PreemptionMode.AUTO, cost, num_blocks, 1000, 16) is expected
+        assert should_swap(PreemptionMode.AUTO, cost, LIMITS, num_blocks, 0) is expected
+
+
+def test_a_long_context_makes_recomputing_dear() -> None:
+    """1.25 GB/s is just too slow for 16 tokens, unless these read much KV."""
+    cost = CostModel(token_ns=100.0, kv_bytes_per_s=1e12, swap_bytes_per_s=1.24e9)
+    assert not should_swap(PreemptionMode.AUTO, cost, LIMITS, 1, 0)
+    assert should_swap(PreemptionMode.AUTO, cost, LIMITS, 1, 1_000_000)
 
 
 @pytest.mark.parametrize("swap_bytes_per_s", [0.0, 1e12])
 def test_a_fixed_mode_asks_no_price(swap_bytes_per_s: float) -> None:
     cost = CostModel(token_ns=100.0, swap_bytes_per_s=swap_bytes_per_s)
-    assert should_swap(PreemptionMode.SWAP, cost, 1, 1000, 16)
-    assert not should_swap(PreemptionMode.RECOMPUTE, cost, 1, 1000, 16)
+    assert should_swap(PreemptionMode.SWAP, cost, LIMITS, 1, 0)
+    assert not should_swap(PreemptionMode.RECOMPUTE, cost, LIMITS, 1, 0)
 
 
 @pytest.mark.parametrize(

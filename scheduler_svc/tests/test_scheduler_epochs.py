@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scheduler_svc.beam import BeamParams, EarlyStopping
+from scheduler_svc.policy import Policy, PreemptionMode
 from scheduler_svc.request import RequestStatus
 from scheduler_svc.tests.driver import (
     EOS,
@@ -56,7 +57,8 @@ def test_nothing_is_cached_on_the_next_executor() -> None:
 
 
 def test_what_was_counted_stays_counted() -> None:
-    driver = Driver(num_device_blocks=9, max_model_len=29, num_host_blocks=4)
+    policy = Policy(PreemptionMode.RECOMPUTE)
+    driver = Driver(policy, num_device_blocks=9, max_model_len=29, num_host_blocks=4)
     for _ in range(2):
         driver.run(list(range(10, 20)), max_tokens=2, num_samples=2)
         driver.run(27)
@@ -307,3 +309,56 @@ def test_a_smaller_executor_shortens_what_it_can_and_fails_the_rest() -> None:
     assert [f.request for f in driver.begin_epoch(num_device_blocks=6).finished] == [big]
     assert admitted(driver.plan()) == [small, long]
     assert (small.max_total_tokens, long.max_total_tokens) == (12, 21)
+
+
+@pytest.mark.parametrize("num_usable_blocks", [37, 38, 39])
+def test_lanes_that_begin_again_under_pressure_share_their_prompt(num_usable_blocks: int) -> None:
+    """Else the search needs more blocks than it was admitted on, and waits for them for ever."""
+    driver = Driver(
+        num_device_blocks=num_usable_blocks + 1,
+        max_num_seqs=10,
+        max_num_batched_tokens=112,
+        max_model_len=400,
+    )
+    for first in range(8):
+        driver.submit([10 + first, 5, 5, 5], 11)
+    longest = driver.limits.max_beam_tokens(32, 2)
+    search = driver.submit(list(range(100, 132)), longest - 32, beam=BeamParams(2))
+    for _ in range(8):
+        driver.plan()
+        _commit_alike(driver)
+    driver.begin_epoch()
+    while driver.try_plan() is not None or driver.scheduler.in_flight:
+        _commit_alike(driver)
+    assert search.is_finished
+
+
+def test_a_lane_takes_cached_blocks_only_where_there_is_room() -> None:
+    """Its turn may come after older rows took the blocks that it was promised."""
+    driver = Driver(
+        Policy(PreemptionMode.SWAP),
+        num_device_blocks=53,
+        max_num_seqs=10,
+        max_num_batched_tokens=10,
+        max_model_len=300,
+        num_host_blocks=300,
+    )
+    first = driver.submit(43, 40)
+    for token_id in range(10, 17):
+        driver.submit([token_id], 70)
+    search = driver.submit([99, 99], 40, beam=BeamParams(2))
+    num_steps = 0
+    while driver.try_plan() is not None:
+        _commit_alike(driver)
+        num_steps += search.branches[0].num_preemptions > 0
+        if num_steps == 7 and not first.is_finished:
+            driver.scheduler.abort(first)
+    assert search.is_finished
+
+
+def _commit_alike(driver: Driver) -> None:
+    """Commit; a search's first step parts its beams, later ones keep them apart."""
+    asked = driver.scheduler.in_flight[0].num_candidates
+    lanes = [] if asked is None else asked[asked > 0].tolist()
+    one = {50: -1.0, 51: -1.5}
+    driver.commit(scores=[one] if len(lanes) == 1 else [{60: -0.1} for _ in lanes])

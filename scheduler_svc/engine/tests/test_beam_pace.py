@@ -30,9 +30,12 @@ def test_a_small_bubble_is_worth_waiting_for_and_a_large_one_is_not() -> None:
     assert not observed(BeamPace(), limit_ns * 11 // 10).should_hold
 
 
-def test_steps_without_idleness_say_nothing_of_the_bubble() -> None:
+def test_after_many_steps_without_idleness_holding_is_tried_again() -> None:
     pace = observed(BeamPace(), STEP_NS // 2)
-    assert not observed(pace, 0).should_hold
+    assert not observed(pace, 0, count=50).should_hold
+    assert observed(pace, 0, count=500).should_hold
+    pace = observed(pace, STEP_NS // 2)
+    assert not pace.should_hold
     assert observed(pace, STEP_NS // 100).should_hold
 
 
