@@ -145,11 +145,13 @@ class BlockPool:
         There is one block per content and one content per block: what exists stays.
         """
         ids, known = self._ids, self._hashes
+        named = []
         for block_id, block_hash in zip(block_ids.tolist(), hashes, strict=True):
             if block_hash not in ids and block_id not in known:
                 ids[block_hash] = block_id
                 known[block_id] = block_hash
-                self._is_named[block_id] = True
+                named.append(block_id)
+        self._is_named[named] = True
 
     def forget(self, block_ids: BlockIds) -> None:
         """Let these blocks no longer be found: what they hold is wrong."""

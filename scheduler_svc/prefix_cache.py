@@ -48,7 +48,7 @@ def extend_hashes(
     data = token_ids[begin:end].tobytes()
     parent = hashes[-1] if hashes else root
     stride = block_size * token_ids.itemsize
+    blake2b = hashlib.blake2b
     for offset in range(0, len(data), stride):
-        block = parent + data[offset : offset + stride]
-        parent = hashlib.blake2b(block, digest_size=HASH_BYTES).digest()
+        parent = blake2b(parent + data[offset : offset + stride], digest_size=HASH_BYTES).digest()
         hashes.append(parent)
