@@ -1,0 +1,109 @@
+"""Launches with everything packed beforehand, through the driver's cuLaunchKernelEx.
+
+The host pays for a launch what ctypes and the driver cost, under half of RawKernel.__call__, and on
+compute capability 9.0 and newer a kernel's launch overlaps the end of the one before it
+(programmatic dependent launch): all kernels here begin with wait_for_predecessor.
+Reference: https://docs.nvidia.com/cuda/cuda-driver-api, CUlaunchConfig.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from cupy_kernels.errors import KernelError
+
+_PROGRAMMATIC_STREAM_SERIALIZATION: Final = 6
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("padding", ctypes.c_int),
+        ("value", ctypes.c_int),
+        ("rest_of_value", ctypes.c_char * 60),
+    )
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+@functools.cache
+def _driver_launch() -> Any:
+    launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    launch.argtypes = [ctypes.c_void_p] * 4
+    return launch
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A loaded function; `module` keeps it loaded."""
+
+    name: str
+    function: int
+    params_dtype: np.dtype[np.void]
+    can_overlap: bool  # with the end of the kernel before it
+    module: Any
+
+
+class Launch:
+    """A kernel, its grid and its parameters, ready to go any number of times.
+
+    The parameters hold device addresses: whoever made the launch keeps that memory alive.
+    """
+
+    __slots__ = ("_attribute", "_config", "_driver_arguments", "_kernel", "_params", "_pointers")
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        blocks: int,
+        threads: int,
+        params: Mapping[str, float],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Pack `params`, one value for each field of the kernel's struct."""
+        assert blocks > 0, f"{kernel.name}: nothing to launch"
+        assert set(params) == set(kernel.params_dtype.names or ()), (kernel.name, sorted(params))
+        self._params: npt.NDArray[np.void] = np.zeros(1, kernel.params_dtype)
+        for name, value in params.items():
+            self._params[name] = value
+        self._pointers = (ctypes.c_void_p * 1)(self._params.ctypes.data)
+        self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        self._config = _Config(
+            grid=(blocks, 1, 1),
+            block=(threads, 1, 1),
+            shared_bytes=shared_bytes,
+            attributes=ctypes.pointer(self._attribute),
+            num_attributes=int(kernel.can_overlap),
+        )
+        self._kernel = kernel
+        self._driver_arguments = (
+            ctypes.addressof(self._config),
+            kernel.function,
+            ctypes.addressof(self._pointers),
+            None,
+        )
+
+    def run(self, stream: int) -> None:
+        """Enqueue on a stream, given by its raw handle; the caller's thread has its context.
+
+        Raises KernelError if the driver refuses. Errors in the kernel appear later.
+        """
+        self._config.stream = stream
+        if status := _driver_launch()(*self._driver_arguments):
+            raise KernelError(f"{self._kernel.name}: cuLaunchKernelEx failed with {status}")

@@ -1,0 +1,90 @@
+"""Sampling on the device: one token from each row of logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from cupy_kernels.device import Device
+from cupy_kernels.launch import Launch
+from cupy_kernels.shape import ElementType
+from cupy_kernels.source import Variant
+from cupy_kernels.tensors import DeviceTensor, address
+
+_THREADS: Final = 1024
+_VECTOR: Final = 8  # logits in 16 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingColumns:
+    """Parameters of the rows that sample, columns [num_rows] on the device.
+
+    Attributes:
+        temperature: float32; 0 takes the highest logit, the lowest id among equals.
+        top_k: int32; 0: off.
+        top_p: float32; 0 and 1: off.
+        min_p: float32; 0: off.
+        seeds: int64, the bits of an unsigned one.
+        branches: int32.
+        positions: int32, absolute position of the token to be sampled.
+    """
+
+    temperature: DeviceTensor
+    top_k: DeviceTensor
+    top_p: DeviceTensor
+    min_p: DeviceTensor
+    seeds: DeviceTensor
+    branches: DeviceTensor
+    positions: DeviceTensor
+
+
+def sample_variant(element: ElementType) -> Variant:
+    """The kernel for logits of a type."""
+    return Variant("sample", {"ELEMENT_BF16": int(element == "bfloat16")})
+
+
+class Sample:
+    """Launches of sources/sample.cu."""
+
+    def __init__(self, device: Device, element: ElementType) -> None:
+        """Load the kernel."""
+        self._element = element
+        self._kernel = device.load(sample_variant(element))
+
+    def pack(
+        self,
+        *,
+        logits: DeviceTensor,
+        vocab_size: int,
+        columns: SamplingColumns,
+        token_ids: DeviceTensor,
+        status: DeviceTensor,
+    ) -> Launch:
+        """Temperature, top-k, top-p of what is left, min-p; then a Gumbel-max draw.
+
+        Args:
+            logits: [num_rows, stride] of the element type, after penalties; stride is a multiple of
+                8, and what lies behind vocab_size is ignored.
+            vocab_size: logits of a row.
+            columns: per row.
+            token_ids: [num_rows] int32, written; 0 for failed rows.
+            status: [num_rows] int32, written: 1 if there is a NaN or Inf among the logits, else 0.
+        """
+        num_rows, stride = logits.shape
+        assert stride % _VECTOR == 0, stride
+        assert 0 < vocab_size <= stride, vocab_size
+        params = {
+            "logits": address(logits, self._element, num_rows, stride),
+            "temperature": address(columns.temperature, "float32", num_rows),
+            "top_k": address(columns.top_k, "int32", num_rows),
+            "top_p": address(columns.top_p, "float32", num_rows),
+            "min_p": address(columns.min_p, "float32", num_rows),
+            "seeds": address(columns.seeds, "int64", num_rows),
+            "branches": address(columns.branches, "int32", num_rows),
+            "positions": address(columns.positions, "int32", num_rows),
+            "token_ids": address(token_ids, "int32", num_rows),
+            "status": address(status, "int32", num_rows),
+            "vocab_size": vocab_size,
+            "stride": stride,
+        }
+        return Launch(self._kernel, num_rows, _THREADS, params)

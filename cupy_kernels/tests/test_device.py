@@ -1,0 +1,91 @@
+"""What is missing or too old is named; launches check what they pack."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+import cupy_kernels
+from cupy_kernels.device import check_driver, import_cupy
+from cupy_kernels.errors import DriverTooOldError, MissingLibraryError, NoGpuError
+from cupy_kernels.launch import Kernel, Launch
+from cupy_kernels.tensors import address
+
+
+def test_without_cupy_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(MissingLibraryError, match=r"pip install 'blockyard\[cuda\]'"):
+        import_cupy()
+
+
+def test_without_a_driver_there_is_no_gpu() -> None:
+    with pytest.raises(NoGpuError, match="no NVIDIA driver"):
+        check_driver(0)
+
+
+def test_an_old_driver_is_named() -> None:
+    with pytest.raises(DriverTooOldError, match=r"CUDA up to 12\.8; .*driver 580"):
+        check_driver(12080)
+
+
+def test_a_new_driver_will_do() -> None:
+    check_driver(13000)
+    check_driver(14020)
+
+
+KERNEL = Kernel("tiny", 0, np.dtype([("out", np.uint64), ("n", np.int32)], align=True), False, None)
+
+
+def test_a_launch_needs_all_parameters_and_no_others() -> None:
+    for params in ({"out": 1}, {"out": 1, "n": 2, "m": 3}):
+        with pytest.raises(AssertionError, match="tiny"):
+            Launch(KERNEL, 1, 32, params)
+
+
+def test_a_launch_needs_work() -> None:
+    with pytest.raises(AssertionError, match="nothing to launch"):
+        Launch(KERNEL, 0, 32, {"out": 1, "n": 2})
+
+
+@dataclass
+class FakeTensor:
+    shape: tuple[int, ...] = (3, 4)
+    dtype: str = "torch.bfloat16"
+    is_cuda: bool = True
+    is_packed: bool = True
+
+    def is_contiguous(self) -> bool:
+        return self.is_packed
+
+    def data_ptr(self) -> int:
+        return 4096
+
+
+def test_tensors_are_checked_before_their_address_is_taken() -> None:
+    assert address(FakeTensor(), "bfloat16", 3, None) == 4096
+    for tensor, message in (
+        (FakeTensor(dtype="torch.float16"), "expected bfloat16, got float16"),
+        (FakeTensor(shape=(3, 4, 1)), r"got \(3, 4, 1\)"),
+        (FakeTensor(shape=(4, 4)), r"got \(4, 4\)"),
+        (FakeTensor(is_cuda=False), "device memory"),
+        (FakeTensor(is_packed=False), "contiguous"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            address(tensor, "bfloat16", 3, None)
+
+
+def test_the_package_imports_nothing_but_cupy_and_numpy() -> None:
+    root = pathlib.Path(cupy_kernels.__file__).parent
+    names = set()
+    for path in root.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add((node.module or "").split(".")[0])
+    assert names - set(sys.stdlib_module_names) == {"cupy", "cupy_kernels", "numpy"}

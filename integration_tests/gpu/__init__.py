@@ -1,0 +1,1 @@
+"""Kernels on a real device, against plain torch in float32."""
