@@ -9,7 +9,10 @@ differ, so absolute times do not compare. Every part survives the failure of ano
 
 from __future__ import annotations
 
+import pathlib
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Final
@@ -27,6 +30,7 @@ from cupy_kernels.copy_blocks import CopyBlocks
 from cupy_kernels.decode import SplitPlanner
 from cupy_kernels.device import Device
 from cupy_kernels.shape import AttentionShape
+from cupy_kernels.variants import model_variants
 from cupy_kernels.write_kv import WriteKv
 
 LLAMA_8B: Final = AttentionShape(32, 32, 8, 128, 16)
@@ -148,6 +152,20 @@ def decode_other_shapes(device: Device, read: float) -> tuple[Results, list[Targ
     return results, targets
 
 
+def start(device: Device, _: float) -> tuple[Results, list[Target]]:
+    """All kernels of Llama-8B: compiled into an empty cache, then loaded from it."""
+    results: Results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("cold", "warm"):
+            begin = time.perf_counter()
+            fresh = Device.open(device.ordinal, pathlib.Path(folder))
+            for variant in model_variants(LLAMA_8B, fresh.max_shared_bytes):
+                fresh.load(variant)
+            results[name] = {"s": time.perf_counter() - begin}
+    print(f"start: {results}")
+    return results, [Target("warm start of all kernels", results["warm"]["s"], "<=", 0.5, "s")]
+
+
 def plans(device: Device, _: float) -> tuple[Results, list[Target]]:
     """The work list, and what a launch costs the host."""
     results: Results = {}
@@ -219,24 +237,28 @@ def block_copies(device: Device, _: float) -> tuple[Results, list[Target]]:
 
 
 def samplers(device: Device, _: float) -> tuple[Results, list[Target]]:
-    """One token per row of 128,256 logits, spread as a model's."""
+    """One token per row of 128,256 logits, some hundreds of them likely; and of flat rows."""
     vocab = 128_256
     results: Results = {}
     for rows in (1, 64, 256):
-        logits = [(torch.randn(rows, vocab, device="cuda") * 3).bfloat16() for _ in range(4)]
-        for name, chosen in (
-            ("greedy", {"temperature": 0.0}),
-            ("temperature 1", {}),
-            ("top_k 50", {"top_k": 50}),
-            ("top_p 0.9", {"top_p": 0.9}),
+        spread = torch.randn(rows, vocab, device="cuda") * 2
+        likely = torch.rand(vocab, device="cuda") < 300 / vocab
+        peaked = torch.where(likely, spread * 1.5 + 12, spread).bfloat16()
+        for name, logits, chosen in (
+            ("greedy", peaked, {"temperature": 0.0}),
+            ("temperature 1", peaked, {}),
+            ("top_k 50", peaked, {"top_k": 50}),
+            ("top_p 0.95", peaked, {"top_p": 0.95}),
+            ("flat, top_p 0.95", (spread / 4).bfloat16(), {"top_p": 0.95}),
         ):
-            launches = [cases.sampler_launch(device, row, vocab, **chosen) for row in logits]
-            us = graph_us([launch for launch, _ in launches] * 4)
+            launch, keep = cases.sampler_launch(device, logits, vocab, **chosen)
+            us = graph_us([launch] * 16)
             results[f"{rows}, {name}"] = {"us": us}
             print(f"sample {rows} rows, {name}: {us:.1f} us")
+            del keep
     return results, [
         Target(f"sample {rows} rows, {name}", results[f"{rows}, {name}"]["us"], "<=", limit, "us")
-        for name in ("greedy", "top_k 50", "top_p 0.9")
+        for name in ("greedy", "top_k 50", "top_p 0.95")
         for rows, limit in ((1, 12), (64, 30), (256, 80))
     ]
 
@@ -277,6 +299,7 @@ PARTS: Final[dict[str, Callable[[Device, float], tuple[Results, list[Target]]]]]
     "decode": decode_llama,
     "decode_head_dim_64": decode_head_dim_64,
     "decode_other_shapes": decode_other_shapes,
+    "start": start,
     "plan": plans,
     "write_kv": writes,
     "copy_blocks": block_copies,

@@ -4,12 +4,12 @@
 // Every warp streams its own tiles: warp w of an item takes its tiles w, w + kWarps, ..., keeps
 // STAGES of them under way in a ring in shared memory, and needs no barrier with other warps until
 // the end. All query heads of a KV head are one operand of the tensor cores' product, so a tile is
-// read once: S^T[16 tokens x 8 heads] = K Q^T, then O^T[HEAD_DIM x 8 heads] += V^T P^T. In this form
-// scores, maxima and outputs of a head live in the same lanes. Softmax is online, in base 2.
+// read once: S^T[16 tokens x 8 heads] = K Q^T, then O^T[HEAD_DIM x 8 heads] += V^T P^T. In this
+// form scores, maxima and outputs of a head live in the same lanes. Softmax is online, in base 2.
 //
 // Where a row is split, parts leave (max, sum, O) in float32; whoever arrives last merges them in
-// part order. A row's result depends on its chunks only, never on which block ran first or on
-// where its KV blocks lie.
+// part order. A row's result depends on its chunks only, never on which block ran first or on where
+// its KV blocks lie.
 
 #include "device.cuh"
 #include "element.cuh"
@@ -42,8 +42,8 @@ constexpr int kQuads = HEAD_DIM / 4;    // of 4 dimensions, in merges
 // Rows of the merge buffer are padded so that writing the transposed output has no bank conflict.
 constexpr int kMergeStride = HEAD_DIM + 4;
 
-// Running softmax of one warp. Lane l holds heads t, t + 1 of each tile of 8 heads, t = 2 * (l % 4),
-// and of the output dimensions 16 * step + l / 4 and 8 more; `sums` are this lane's share.
+// Running softmax of one warp. Lane l holds heads t, t + 1 of each tile of 8 heads, t = 2 * (l %
+// 4), and of the output dimensions 16 * step + l / 4 and 8 more; `sums` are this lane's share.
 struct Softmax {
   float max[kHeadTiles][2];
   float sums[kHeadTiles][2];

@@ -78,8 +78,8 @@ __device__ __forceinline__ void copy_async_16(uint32 target, const void* source)
 
 __device__ __forceinline__ void copy_async_16(uint32 target, const void* source,
                                               uint64 cache_policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(target),
-               "l"(source), "l"(cache_policy)
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;"
+               ::"r"(target), "l"(source), "l"(cache_policy)
                : "memory");
 }
 

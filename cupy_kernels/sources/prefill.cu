@@ -47,8 +47,8 @@ constexpr int kSpanBytes = kSpanTiles * kTileBytes;
 constexpr int kSteps = HEAD_DIM / 16;
 constexpr int kRowChunks = HEAD_DIM / kChunkElements;
 
-// A warp's query rows in shared memory, later its output: atoms as in a tile, [HEAD_DIM / kAtomDims]
-// [kWarpRows][kAtomDims].
+// A warp's query rows in shared memory, later its output, in atoms as in a tile:
+// [HEAD_DIM / kAtomDims][kWarpRows][kAtomDims].
 constexpr int kQueryAtomBytes = kWarpRows * kAtomRowBytes;
 constexpr int kWarpQueryBytes = kWarpRows * HEAD_DIM * 2;
 

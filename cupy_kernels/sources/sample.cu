@@ -1,17 +1,18 @@
-// Draws one token from each row of logits: temperature, top-k, top-p of what top-k left, min-p, then
-// Gumbel-max with a random word per (seed, branch, position, token). executor_svc/sampler.py defines
-// it. One block of threads per row.
+// Draws one token from each row of logits: temperature, top-k, top-p of what top-k left, min-p,
+// then Gumbel-max with a random word per (seed, branch, position, token). executor_svc/sampler.py
+// defines it. One block of threads per row.
 //
-// Every filter keeps the tokens from some logit on, ties included, so all of them are one threshold.
-// Logits have 16 bits: mapped to integers of the same order, a threshold is found exactly by
-// bisection.
+// Every filter keeps the tokens from some logit on, ties included, so all of them are one
+// threshold. Logits have 16 bits: mapped to integers of the same order, a threshold is found
+// exactly by bisection.
 //
-// The row is read once for its highest logit. Each thread keeps the highest of its own share, and the
-// n-th highest of those bounds a set of at least n tokens, seldom of many more. These are gathered in
-// shared memory by a second pass, which also sums the weights of the row, and all the rest happens
-// there. Only if they are too light for top-p, or too many to fit, does bisection read the whole
-// row again for each bit. The order in which tokens are gathered is left to chance, so their
-// weights are summed as integers of 2^-40: a row's token depends neither on its batch nor on luck.
+// The row is read once for its highest logit. Each thread keeps the highest of its own share, and
+// the n-th highest of those bounds a set of at least n tokens, seldom of many more. These are
+// gathered in shared memory by a second pass, which also sums the weights of the row, and all the
+// rest happens there. Only if they are too light for top-p, or too many to fit, does bisection read
+// the whole row again for each bit. The order in which tokens are gathered is left to chance, so
+// their weights are summed as integers of 2^-40: a row's token depends neither on its batch nor on
+// luck.
 
 #include "device.cuh"
 #include "element.cuh"
@@ -36,8 +37,8 @@ struct SampleParams {
 
 constexpr int kCapacity = 4096;  // gathered tokens
 constexpr int kTokensPerThread = kCapacity / kThreads;
-// How many threads' highest logits bound the tokens gathered for top-p: a first try (some 700 tokens
-// where ids say nothing about likelihood) and a second one (some 3,000).
+// How many threads' highest logits bound the tokens gathered for top-p: a first try (some 700
+// tokens where ids say nothing about likelihood) and a second one (some 3,000).
 constexpr int kFewThreads = 512, kManyThreads = 970;
 constexpr float kWeightUnits = 1099511627776.f;  // 2^40
 constexpr int kLowBits = 21;  // so that sums of either part of 4,096 weights fit 32 bits
@@ -66,23 +67,28 @@ __device__ __forceinline__ uint64 units_of(float weight) {
   return __float2ull_rn(weight * kWeightUnits);
 }
 
-// The tokens of the whole row, or those gathered: how many have a key from `pivot` on, their weight.
+// The tokens of the whole row, or those gathered: how many have a key from `pivot` on, their
+// weight.
 struct WholeRow {
   const Row& row;
 
   __device__ Sum above(uint32 pivot, Shared& shared) const {
     const float least = value_of(pivot);
-    uint64 count = 0, weight = 0;
-    for_each_vector<1>(row, [&](int id, const Vector16& vector) {
+    uint32 count = 0;
+    float weight = 0;  // summed in the order of ids
+    for_each_vector<2>(row, [&](int id, const Vector16& vector) {
+      if (highest_of(vector) < least) return;
 #pragma unroll
       for (int i = 0; i < kVector; i++) {
         const float value = value_at(vector, i);
         if (value < least || id + i >= row.vocab_size) continue;
         count++;
-        weight += units_of(weight_of(row, value));
+        weight += weight_of(row, value);
       }
     });
-    return {static_cast<int>(block_sum(count, shared.warps)), block_sum(weight, shared.warps)};
+    uint32 sums[3] = {count, 0, 0};
+    block_sums(sums, shared.warps);
+    return {static_cast<int>(sums[0]), block_sum(units_of(weight), shared.warps)};
   }
 };
 

@@ -1,4 +1,5 @@
-// silu(gate) * up, the activation of Llama's feed-forward layers (https://arxiv.org/abs/2002.05202).
+// silu(gate) * up, the activation of Llama's feed-forward layers
+// (https://arxiv.org/abs/2002.05202).
 
 #include "device.cuh"
 #include "element.cuh"
@@ -12,7 +13,8 @@ struct SiluMulParams {
 
 __device__ __forceinline__ float silu(float x) { return x / (1 + __expf(-x)); }
 
-extern "C" __global__ void __launch_bounds__(256) silu_mul(const __grid_constant__ SiluMulParams p) {
+extern "C" __global__ void __launch_bounds__(256)
+    silu_mul(const __grid_constant__ SiluMulParams p) {
   release_successor();
   wait_for_predecessor();
   const int num_vectors = p.intermediate / 8;

@@ -109,6 +109,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 
   const int thread = blockIdx.x * kThreads + threadIdx.x, num_threads = gridDim.x * kThreads;
-  for (int i = total_parts * p.num_kv_heads + thread; i < p.capacity; i += num_threads) p.items[i] = {};
+  const int num_items = total_parts * p.num_kv_heads;
+  for (int i = num_items + thread; i < p.capacity; i += num_threads) p.items[i] = {};
   for (int i = thread; i < p.num_rows * p.num_kv_heads; i += num_threads) p.arrivals[i] = 0;
 }

@@ -1,7 +1,7 @@
 // One warp's stream of tiles from a paged context into shared memory.
 //
-// Where there is a copy engine (compute capability 9.0), one lane issues a copy per tile; elsewhere all
-// lanes copy 16 bytes at a time. USE_COPY_ENGINE=0 takes the latter everywhere, for tests.
+// Where there is a copy engine (compute capability 9.0), one lane issues a copy per tile; elsewhere
+// all lanes copy 16 bytes at a time. USE_COPY_ENGINE=0 takes the latter everywhere, for tests.
 
 #ifndef USE_COPY_ENGINE
 #define USE_COPY_ENGINE (__CUDA_ARCH__ >= 900)

@@ -1,5 +1,5 @@
-// A row of logits under one block of 1,024 threads. Logits have 16 bits; as keys, integers in the same
-// order, they can be bisected exactly. Needs device.cuh, element.cuh and block_reduce.cuh.
+// A row of logits under one block of 1,024 threads. Logits have 16 bits; as keys, integers in the
+// same order, they can be bisected exactly. Needs device.cuh, element.cuh and block_reduce.cuh.
 
 constexpr int kThreads = 1024;
 constexpr int kVector = 8;  // logits read at once

@@ -1,8 +1,8 @@
 // Rotates the queries of a step in place, and stores its rotated keys and its values in their slots
 // of the KV cache. Given norm weights, each query or key head is first normalised (RMS).
 //
-// Rotary embedding (https://arxiv.org/abs/2104.09864), halves paired: elements i and i + D/2 turn by
-// the token's angle i. Everything in float32, rounded once. Keys stay as they are in `qkv`.
+// Rotary embedding (https://arxiv.org/abs/2104.09864), halves paired: elements i and i + D/2 turn
+// by the token's angle i. Everything in float32, rounded once. Keys stay as they are in `qkv`.
 
 #include "device.cuh"
 #include "element.cuh"

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from cupy_kernels.decode import decode_variant
 from cupy_kernels.device import Device
 from cupy_kernels.errors import NoGpuError
 from cupy_kernels.launch import Launch
 from cupy_kernels.shape import AttentionShape
 from cupy_kernels.source import Variant
+from cupy_kernels.variants import model_variants
 from integration_tests.gpu.cases import stream
 
 # Its streams and events are untyped.
@@ -79,14 +79,9 @@ def test_a_warm_start_takes_less_than_half_a_second(tmp_path: pathlib.Path) -> N
     for _ in range(2):
         begin = time.perf_counter()
         device = Device.open(cache_folder=tmp_path)
-        variants = [
-            decode_variant(shape, device.max_shared_bytes),
-            Variant("decode_plain", shape.defines),
-            Variant("write_kv", shape.defines),
-            Variant("split_plan"),
-        ]
+        variants = model_variants(shape, device.max_shared_bytes)
         for variant in variants:
-            device.load(variant, 96 << 10 if variant.name == "decode" else 0)
+            device.load(variant)
         seconds = time.perf_counter() - begin
     assert seconds < 0.5
     assert len(list(tmp_path.iterdir())) == len(variants)
