@@ -135,7 +135,10 @@ def decode_head_dim_64(device: Device, read: float) -> tuple[Results, list[Targe
 
 
 def decode_other_shapes(device: Device, read: float) -> tuple[Results, list[Target]]:
-    """The same kernel for other models: 128 rows of 1,024 tokens."""
+    """The same kernel for other models: 128 rows of 1,024 tokens.
+
+    The aim is 4 us beside reading at 92 % of the ceiling.
+    """
     results: Results = {}
     targets = []
     for name, shape in OTHERS.items():
@@ -145,7 +148,8 @@ def decode_other_shapes(device: Device, read: float) -> tuple[Results, list[Targ
         share = step.kv_bytes / us * 1e6 / read
         mb = step.kv_bytes / 1e6
         results[name] = {"us": us, "kv_mb": mb, "share_of_read": share}
-        targets.append(Target(f"decode {name}: share of read", share, ">=", 0.85))
+        aim_us = step.kv_bytes / (0.92 * read) * 1e6 + 4
+        targets.append(Target(f"decode {name}", us, "<=", aim_us, "us"))
         print(f"decode {name}: {us:.1f} us for {mb:.0f} MB, {share:.3f} of read")
         del pool, step
         torch.cuda.empty_cache()
@@ -153,17 +157,16 @@ def decode_other_shapes(device: Device, read: float) -> tuple[Results, list[Targ
 
 
 def start(device: Device, _: float) -> tuple[Results, list[Target]]:
-    """All kernels of Llama-8B: compiled into an empty cache, then loaded from it."""
-    results: Results = {}
+    """Loading all kernels of Llama-8B from the cache."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("cold", "warm"):
+        for _run in range(2):  # the first one fills the cache
             begin = time.perf_counter()
             fresh = Device.open(device.ordinal, pathlib.Path(folder))
             for variant in model_variants(LLAMA_8B, fresh.max_shared_bytes):
                 fresh.load(variant)
-            results[name] = {"s": time.perf_counter() - begin}
-    print(f"start: {results}")
-    return results, [Target("warm start of all kernels", results["warm"]["s"], "<=", 0.5, "s")]
+            seconds = time.perf_counter() - begin
+    print(f"warm start: {seconds:.3f} s")
+    return {"warm_s": seconds}, [Target("warm start of all kernels", seconds, "<=", 0.5, "s")]
 
 
 def plans(device: Device, _: float) -> tuple[Results, list[Target]]:

@@ -18,7 +18,8 @@ from cupy_kernels.source import Variant
 _cuda: Final[Any] = torch.cuda
 
 _REPLAYS: Final = 15
-_WARM_UPS: Final = 3
+# Clocks rise slowly: after 50 ms a device that was idle may still be at 85 % of its speed.
+_WARM_UP_MS: Final = 250.0
 _CEILING_BYTES: Final = 8 << 30
 _READ_THREADS: Final = 512
 _READ_BYTES_PER_BLOCK: Final = _READ_THREADS * 8 * 16
@@ -43,8 +44,11 @@ def graph_us(launches: Sequence[Launch | Callable[[], object]]) -> float:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
             run()
-        times = [_elapsed_ms(graph.replay) for _ in range(_WARM_UPS + _REPLAYS)]
-    return statistics.median(times[_WARM_UPS:]) * 1e3 / len(launches)
+        warm_ms = 0.0
+        while warm_ms < _WARM_UP_MS:
+            warm_ms += _elapsed_ms(graph.replay)
+        times = [_elapsed_ms(graph.replay) for _ in range(_REPLAYS)]
+    return statistics.median(times) * 1e3 / len(launches)
 
 
 def _elapsed_ms(work: Callable[[], object]) -> float:

@@ -35,7 +35,10 @@ class Device:
         """Look at a device. Raises a KernelError that says what is missing or too old."""
         cupy = import_cupy()
         check_driver(cupy.cuda.runtime.driverGetVersion())
-        count = cupy.cuda.runtime.getDeviceCount()
+        try:
+            count = cupy.cuda.runtime.getDeviceCount()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise NoGpuError(f"the driver shows no device: {error}") from error
         if not 0 <= ordinal < count:
             raise NoGpuError(f"there is no CUDA device {ordinal}; the driver shows {count}")
         found = cupy.cuda.runtime.getDeviceProperties(ordinal)
