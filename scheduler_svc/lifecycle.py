@@ -101,11 +101,11 @@ class Lifecycle:
             return False
         hashes = self.residents.settle(branch)
         num_blocks = len(kv.private_blocks(branch.row, hashes))
+        if not 0 < num_blocks <= kv.host.num_free:
+            return False
         num_before = (len(hashes) - num_blocks) * limits.block_size
-        is_better = should_swap(
-            self.policy.preemption, self.cost_model, limits, num_blocks, num_before
-        )
-        if not num_blocks or not is_better or num_blocks > kv.host.num_free:
+        mode = self.policy.preemption
+        if not should_swap(mode, self.cost_model, limits, num_blocks, num_before):
             return False
         kv.swap_out(branch.row, branch, hashes)
         return True

@@ -64,7 +64,7 @@ def should_swap(
         mode: AUTO decides by price.
         cost: prices; without one of swapping nothing is swapped.
         limits: sizes of a block, and of the chunks in which tokens would be computed.
-        num_blocks: to move, at the end of a sequence.
+        num_blocks: to move, at least 1, at the end of a sequence.
         num_tokens_before: of the sequence; computing the others reads their KV.
     """
     if mode is not PreemptionMode.AUTO:

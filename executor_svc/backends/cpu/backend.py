@@ -40,6 +40,8 @@ class _Step:
     merges: npt.NDArray[np.int64]
     begins: npt.NDArray[np.int64]
     partials: FloatArray
+    attended: Tensor  # [T, heads * head_dim], what `attend` returns, overwritten by every layer
+    flat_attended: FloatArray
 
 
 class CpuBackend:
@@ -121,7 +123,18 @@ class CpuBackend:
         positions, slots = work.locate_tokens(rows, counts, computed, block_table, self._shape)
         num_partials = int(merges[:, 2].sum())
         partials = np.empty(num_partials * config.num_heads * (config.head_dim + 2), np.float32)
-        self._step = _Step(positions, slots, block_table, items, merges, begins, partials)
+        attended = self._attended[: positions.size]
+        self._step = _Step(
+            positions=positions,
+            slots=slots,
+            block_table=block_table,
+            items=items,
+            merges=merges,
+            begins=begins,
+            partials=partials,
+            attended=attended,
+            flat_attended=_flat(attended),
+        )
 
     def embed(self, table: Tensor, token_ids: IntArray) -> Tensor:
         """See Backend."""
@@ -169,7 +182,6 @@ class CpuBackend:
         """See Backend."""
         step = self._step
         assert step is not None
-        out = self._attended[: len(qkv)]
         attention.attend(
             _flat(qkv),
             self._pool,
@@ -180,10 +192,10 @@ class CpuBackend:
             layer,
             self._shape,
             self._max_queries,
-            _flat(out),
+            step.flat_attended,
             step.partials,
         )
-        return out
+        return step.attended
 
 
 def check_sizes(config: ModelConfig, block_size: int) -> None:
