@@ -34,7 +34,30 @@ log = logging.getLogger(__name__)
     help="host:port of the Prometheus metrics; an empty one turns them off.",
 )
 @click.option("--max-model-len", type=int, help="Longest prompt + output; default: the model's.")
-@click.option("--kv-memory", default="1GiB", show_default=True, help="Memory for the KV cache.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the model runs; auto: on a GPU if there is one.",
+)
+@click.option(
+    "--load-format",
+    type=click.Choice(["auto", "dummy"]),
+    default="auto",
+    show_default=True,
+    help="dummy: random weights, for benchmarks.",
+)
+@click.option(
+    "--kv-memory",
+    help="Memory for the KV cache; default: 1GiB on a CPU, what is left on a GPU.",
+)
+@click.option(
+    "--gpu-memory-utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="Most of a GPU's memory to use, from 0 to 1; default: the executor's choice.",
+)
 @click.option("--host-memory", help="Memory to swap KV blocks to; default: none.")
 @click.option(
     "--preemption",

@@ -35,8 +35,14 @@ class ServeSettings(BaseModel):
     metrics_address: Annotated[str, AfterValidator(host_port_or_off)] = ""
     """host:port where the engine answers GET /metrics; empty: nowhere."""
     max_model_len: int | None = Field(default=None, ge=1)
-    kv_memory: Annotated[str, AfterValidator(_checked_size)] = "1GiB"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the executor computes; auto: a GPU if there is one that it can use."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: random weights instead of the model's, for benchmarks; no weight file is read."""
+    kv_memory: Annotated[str, AfterValidator(_checked_size)] | None = None
     """Of the executor's block pool, e.g. 512MiB."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of a GPU's memory for weights, steps and, if `kv_memory` is None, the block pool."""
     host_memory: Annotated[str, AfterValidator(_checked_size)] | None = None
     """Of the executor's host pool, which preempted requests and evicted blocks go to."""
     preemption: Literal["auto", "recompute", "swap"] | None = None

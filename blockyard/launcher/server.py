@@ -170,8 +170,12 @@ def child_specs(
     )
     executor_flags = [
         *("--listen", executor, "--model-dir", str(model_path)),
-        *("--kv-memory", settings.kv_memory, "--block-size", str(settings.block_size)),
+        *("--block-size", str(settings.block_size)),
         *_given(
+            device=None if settings.device == "auto" else settings.device,
+            load_format=None if settings.load_format == "auto" else settings.load_format,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            kv_memory=settings.kv_memory,
             max_rows=settings.max_num_seqs,
             num_threads=settings.num_threads,
             host_memory=settings.host_memory,
@@ -204,7 +208,7 @@ def child_specs(
     return specs
 
 
-def _given(**values: int | str | Path | None) -> list[str]:
+def _given(**values: float | str | Path | None) -> list[str]:
     """Flags for what is set."""
     flags = []
     for name, value in values.items():

@@ -247,7 +247,11 @@ def test_a_bad_model_is_one_line_and_exit_code_2(run: Run, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--window", "4"), ("--kv-memory", "lots"), ("--frontends", "0"), ("--listen", "nowhere")],
+    [
+        *(("--window", "4"), ("--kv-memory", "lots"), ("--frontends", "0")),
+        *(("--listen", "nowhere"), ("--device", "tpu"), ("--load-format", "gguf")),
+        *(("--gpu-memory-utilization", "0"), ("--gpu-memory-utilization", "1.5")),
+    ],
 )
 def test_bad_serve_settings(flag: str, value: str, run: Run) -> None:
     outcome = run("serve", flag, value)

@@ -12,12 +12,13 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pydantic
 import pytest
 
 from blockyard.client import AsyncClient, BlockyardError, Client
 from blockyard.launcher.child import ServeError
 from blockyard.launcher.config import ServeSettings
-from blockyard.launcher.server import LocalServer
+from blockyard.launcher.server import LocalServer, child_specs
 from blockyard.models import store
 from blockyard.models.tests.tiny_gguf import TinyGguf
 
@@ -35,6 +36,51 @@ def model(tmp_path_factory: Folders) -> Path:
 
 def _settings(model: Path, listen: str = "127.0.0.1:0") -> ServeSettings:
     return ServeSettings(model=str(model), listen=listen, kv_memory="16MiB", num_threads=1)
+
+
+def _executor_flags(settings: ServeSettings) -> dict[str, str]:
+    """Flag -> value; the executor's flags without a value do not count."""
+    executor, *_ = child_specs(settings, Path("model"), Path("run"), "127.0.0.1:1")
+    assert executor.name == "executor"
+    words = [word for word in executor.command[3:] if word != "--exit-with-parent"]
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+_DEVICE_FLAGS = {"--device", "--load-format", "--gpu-memory-utilization", "--kv-memory"}
+
+
+def test_what_is_not_set_is_left_to_the_executor() -> None:
+    assert not _executor_flags(ServeSettings()).keys() & _DEVICE_FLAGS
+
+
+def test_device_settings_reach_the_executor_alone() -> None:
+    settings = ServeSettings(
+        device="cuda", load_format="dummy", gpu_memory_utilization=0.85, kv_memory="4GiB"
+    )
+    flags = _executor_flags(settings)
+    assert {flag: flags[flag] for flag in _DEVICE_FLAGS} == {
+        "--device": "cuda",
+        "--load-format": "dummy",
+        "--gpu-memory-utilization": "0.85",
+        "--kv-memory": "4GiB",
+    }
+    for spec in child_specs(settings, Path("model"), Path("run"), "127.0.0.1:1")[1:]:
+        assert not set(spec.command) & _DEVICE_FLAGS
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"device": "tpu"},
+        {"load_format": "gguf"},
+        {"gpu_memory_utilization": 0},
+        {"gpu_memory_utilization": 1.5},
+        {"kv_memory": "lots"},
+    ],
+)
+def test_impossible_device_settings_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(pydantic.ValidationError, match=next(iter(values))):
+        ServeSettings.model_validate(values)
 
 
 @pytest.fixture
