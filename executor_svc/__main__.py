@@ -16,6 +16,7 @@ from blockyard.common.listen_address import ListenError, claim
 from blockyard.common.settings import run_service
 from executor_svc.config import ExecutorSettings
 from executor_svc.kv_pool import KvPoolError
+from executor_svc.main_memory import check_pools_fit
 from executor_svc.model.config import parse_config
 from executor_svc.model.errors import ModelError
 from executor_svc.runner import FatalDeviceError, Runner
@@ -46,6 +47,7 @@ class _Progress:
 
 def _load_runner(settings: ExecutorSettings) -> Runner:
     config = parse_config(model_dir.load(settings.model_dir).config)
+    check_pools_fit(settings.kv_memory, settings.host_memory)
     block_bytes = config.kv_elements_per_token * _KV_ELEMENT_BYTES * settings.block_size
     # Imported late: torch takes seconds to load, and what is wrong with the settings is told first.
     from executor_svc.model_runner import ModelRunner
