@@ -124,6 +124,8 @@ class ModelInfo:
     version: str
     max_branches: int
     """Most samples or beams of one request."""
+    device: str
+    """What computes, for people."""
 
 
 def chunk(response: pb.GenerateResponse) -> Chunk:
@@ -169,6 +171,7 @@ def model_info(response: pb.GetModelResponse) -> ModelInfo:
         eos_token_ids=tuple(response.eos_token_ids),
         version=response.version,
         max_branches=response.max_branches,
+        device=response.device,
     )
 
 

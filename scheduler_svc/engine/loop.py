@@ -225,6 +225,7 @@ class Engine:
             num_device_blocks=limits.num_device_blocks - 1,
             max_num_seqs=limits.max_num_seqs,
             max_branches=max_branches(limits),
+            device=self._info.device,
         )
 
     def submit(self, link: FrontendLink, submits: pb.SubmitBatch) -> None:

@@ -130,6 +130,7 @@ class GenerateApi:
             eos_token_ids=self._model.eos_token_ids,
             version=self._version,
             max_branches=state.max_branches,
+            device=state.device,
         ).SerializeToString()
 
     async def _serve(

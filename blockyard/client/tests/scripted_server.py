@@ -95,6 +95,7 @@ class ScriptedServer(pb_grpc.GenerateServiceServicer):
             eos_token_ids=[2, 3],
             version="0",
             max_branches=16,
+            device="scripted device",
         )
 
     def _check(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> None:

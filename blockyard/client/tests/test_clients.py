@@ -59,7 +59,7 @@ def test_complete_and_model(server: ScriptedServer) -> None:
         assert (completion.token_ids, completion.usage) == ((10, 11), USAGE)
         model = client.model()
         assert (model.name, model.max_model_len, model.eos_token_ids) == ("scripted", 64, (2, 3))
-        assert model.max_branches == 16
+        assert (model.max_branches, model.device) == (16, "scripted device")
 
 
 async def test_complete_and_model_async(server: ScriptedServer) -> None:

@@ -153,6 +153,11 @@ async def test_leaving_ends_everything_and_leaves_no_files(model: Path) -> None:
 
 
 async def test_several_front_ends_share_the_port(model: Path) -> None:
+async def test_clients_learn_what_computes(server: LocalServer) -> None:
+    async with AsyncClient(server.address) as client:
+        assert (await client.model()).device.startswith("cpu")
+
+
     settings = _settings(model).model_copy(update={"frontends": 2})
     async with LocalServer(settings) as server:
         assert {"frontend-0", "frontend-1"} <= server.pids.keys()

@@ -35,7 +35,7 @@ class Service:
 
 
 def engine_state(**changes: object) -> engine_pb2.EngineState:
-    fields = {"ready": True, "model_name": "tiny", "model_digest": "d1"}
+    fields = {"ready": True, "model_name": "tiny", "model_digest": "d1", "device": "a device"}
     state = engine_pb2.EngineState(
         max_model_len=MAX_MODEL_LEN, vocab_size=400, block_size=16, max_branches=MAX_BRANCHES
     )

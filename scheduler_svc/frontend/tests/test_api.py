@@ -242,7 +242,7 @@ async def test_get_model(service: Service) -> None:
     assert model.has_chat_template
     assert list(model.eos_token_ids) == [END_ID]
     assert model.version
-    assert model.max_branches == MAX_BRANCHES
+    assert (model.max_branches, model.device) == (MAX_BRANCHES, "a device")
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateUnary"])
