@@ -200,7 +200,7 @@ async def test_an_engine_waits_for_its_executor(tmp_path: Path) -> None:
             PublicClient(address) as public,
             EngineClient(processes.engine_address) as engine,
         ):
-            await engine.watch_until(State.STATE_CONNECTING, "UNAVAILABLE")
+            await engine.watch_until(State.STATE_CONNECTING, "UNAVAILABLE: nobody listens at unix:")
             early = await public.generate([1], 1)
             assert early.code is grpc.StatusCode.UNAVAILABLE
             await processes.executor.start()

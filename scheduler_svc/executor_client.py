@@ -16,7 +16,7 @@ from typing import Protocol
 
 import grpc
 
-from blockyard.common.grpc_options import LINK_OPTIONS
+from blockyard.common.grpc_options import LINK_OPTIONS, short_reason
 from blockyard.common.protocol import EXECUTOR_PROTOCOL_VERSION, HEARTBEAT_INTERVAL_S
 from blockyard.executor.v1 import executor_pb2 as pb
 from blockyard.executor.v1 import executor_pb2_grpc
@@ -150,7 +150,7 @@ class ExecutorClient:
                 self._set_state(error.state, str(error))
             except grpc.aio.AioRpcError as error:
                 state = _STATES.get(error.code(), LinkState.CONNECTING)
-                self._set_state(state, f"{error.code().name}: {error.details()}")
+                self._set_state(state, short_reason(error, self._target))
             await asyncio.sleep(RETRY_S)
 
     def _set_state(self, state: LinkState, message: str = "") -> None:

@@ -113,6 +113,8 @@ class _Run:
         messages, system = fields.pop("messages", None), fields.pop("system", None)
         timeout = _check_timeout(fields.pop("timeout", None))
         if self.is_chat and prompt is not None and messages is None and token_ids is None:
+            if not isinstance(prompt, str):
+                raise _invalid(f"prompt must be text: {prompt!r}")
             opening = self.batch.target.system if system is None else system
             messages, prompt = conversation(opening, prompt), None
         elif system is not None:

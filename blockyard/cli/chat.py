@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from typing import Any
 
@@ -104,11 +105,13 @@ def timings(num_tokens: int, first_s: float, rest_s: float) -> str:
 
 def _read_line() -> str | None:
     """The next line, or None at the end of the input. Ctrl-C clears a line that was begun."""
+    prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
-            return input("> ")
+            return input(prompt)
         except EOFError:
-            click.echo(err=True)
+            if prompt:
+                click.echo(err=True)
             return None
         except KeyboardInterrupt:
             click.echo("\n(/quit or Ctrl-D leaves)", err=True)

@@ -97,7 +97,8 @@ def _stream(client: Client, request: dict[str, Any]) -> None:
             token_ids += chunk.token_ids
             logprobs += chunk.logprobs
     finally:
-        click.echo()
+        if token_ids:
+            click.echo()
     _print_logprobs(token_ids, logprobs)
 
 

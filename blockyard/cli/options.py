@@ -10,6 +10,7 @@ import click
 
 from blockyard.cli.errors import CommandError
 from blockyard.client import BlockyardError, GenerateOptions, Message, ModelInfo
+from blockyard.common.grpc_options import NOBODY_LISTENS
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -75,9 +76,6 @@ _BEAM_FIELDS: Final = {
     "early_stopping": "early_stopping",
 }
 
-_NOBODY: Final = "failed to connect to all addresses"
-"""gRPC's words when nobody listens."""
-
 address = click.option(
     "--address", default="127.0.0.1:50051", show_default=True, help="The server's host:port."
 )
@@ -140,7 +138,7 @@ def conversation(system_message: str | None, prompt: str) -> list[Message]:
 
 def explain(error: BlockyardError, address: str) -> Exception:
     """An error as a user should see it: most often there is no server."""
-    if error.code == "UNAVAILABLE" and _NOBODY in error.message:
+    if error.code == "UNAVAILABLE" and NOBODY_LISTENS in error.message:
         return CommandError(f"no server at {address}; start one with: blockyard serve")
     return error
 

@@ -96,7 +96,8 @@ def command(**flags: Any) -> None:
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         flag = str(problem["loc"][0]).replace("_", "-")
-        raise click.BadParameter(problem["msg"], param_hint=f"--{flag}") from error
+        message = problem["msg"].removeprefix("Value error, ")
+        raise click.BadParameter(message, param_hint=f"--{flag}") from error
     logs.configure("serve", settings.log_format, settings.log_level)
     with errors_explained():
         model_path = store.resolve(settings.model)

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+_LOOPBACK = ("127.", "localhost:", "[::1]:")
+
+
+def channel_options(address: str) -> list[tuple[str, int]]:
+    """Answers of any size; and no $http_proxy on the way to a server on this machine."""
+    options = [("grpc.max_receive_message_length", -1)]
+    if address.startswith(_LOOPBACK):
+        options.append(("grpc.enable_http_proxy", 0))
+    return options
+
 
 class ClientBase:
     """The client's own timeout."""

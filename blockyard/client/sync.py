@@ -9,7 +9,7 @@ from typing import Self, Unpack
 import grpc
 
 from blockyard.client import response as wire
-from blockyard.client.base import ClientBase
+from blockyard.client.base import ClientBase, channel_options
 from blockyard.client.errors import rpc_errors
 from blockyard.client.request import GenerateOptions, Message, build_request
 from blockyard.client.response import Chunk, Completion, ModelInfo
@@ -30,7 +30,7 @@ class Client(ClientBase):
     def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
         """`timeout` holds for each call that gives none [s]; None: no limit."""
         super().__init__(timeout)
-        self._channel = grpc.insecure_channel(address)
+        self._channel = grpc.insecure_channel(address, channel_options(address))
         self._stub = pb_grpc.GenerateServiceStub(self._channel)
 
     def __enter__(self) -> Self:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
+
+import grpc
 
 _MIB = 1 << 20
 
@@ -16,6 +18,8 @@ LINK_OPTIONS: Final[Options] = [
     ("grpc.max_receive_message_length", 256 * _MIB),
     ("grpc.max_send_message_length", 256 * _MIB),
     ("grpc.so_reuseport", 0),
+    # Whatever $http_proxy says.
+    ("grpc.enable_http_proxy", 0),
     # Peers come back within a second of a restart; do not back off for minutes. The least one is
     # also how long a connection attempt may take.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -23,6 +27,19 @@ LINK_OPTIONS: Final[Options] = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 """For engine <-> executor and front end <-> engine, both sides."""
+
+
+NOBODY_LISTENS: Final = "failed to connect to all addresses"
+"""In gRPC's details of such an error, which go on at length."""
+
+
+def short_reason(error: grpc.RpcError, target: str) -> str:
+    """The status of a call to `target` and what is said of it, in one short line."""
+    call: Any = error  # calls raise objects that are RpcError and Call at once
+    details = call.details() or ""
+    if NOBODY_LISTENS in details:
+        details = f"nobody listens at {target}"
+    return f"{call.code().name}: {details}"
 
 
 def public_server_options(max_request_bytes: int, *, reuse_port: bool) -> Options:

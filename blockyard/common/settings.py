@@ -76,12 +76,12 @@ def run_service(
     except pydantic.ValidationError as error:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"])
-            log.error("setting %s: %s", name, problem["msg"])
+            log.error("setting %s: %s", name, problem["msg"].removeprefix("Value error, "))
         return UNUSABLE
     logs.configure(service, settings.log_format, settings.log_level)
     if settings.exit_with_parent:
         exit_with_parent()
-    logs.event(log, "settings", **settings.model_dump())
+    logs.event(log, "settings", **settings.model_dump(mode="json", exclude_unset=True))
     try:
         return serve(settings)
     except unusable as error:

@@ -150,7 +150,9 @@ class LocalServer:
         try:
             self._port.bind((host.strip("[]"), int(port)))
         except OSError as error:
-            raise ServeError(f"cannot listen on {self.settings.listen}: {error}", 2) from error
+            reason = error.strerror or str(error)
+            message = f"cannot listen on {self.settings.listen} ({reason}); choose another --listen"
+            raise ServeError(message, 2) from error
         self._address = f"{host}:{self._port.getsockname()[1]}"
 
 

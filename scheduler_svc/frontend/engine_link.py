@@ -14,7 +14,7 @@ from typing import Final
 import grpc
 import grpc.aio
 
-from blockyard.common.grpc_options import LINK_OPTIONS
+from blockyard.common.grpc_options import LINK_OPTIONS, short_reason
 from blockyard.common.logs import event
 from blockyard.engine.v1 import engine_pb2 as pb
 from blockyard.engine.v1 import engine_pb2_grpc as pb_grpc
@@ -138,7 +138,7 @@ class EngineLink:
                 # Batches that are already here must not starve the streams' handlers.
                 await asyncio.sleep(0)
         except grpc.aio.AioRpcError as error:
-            problem = f"{error.code().name}: {error.details()}"
+            problem = short_reason(error, self._target)
             is_refused = error.code() == grpc.StatusCode.FAILED_PRECONDITION
             return _Loss(
                 problem, _INCOMPATIBLE_RETRY_INTERVAL_S if is_refused else _RETRY_INTERVAL_S

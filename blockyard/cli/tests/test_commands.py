@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import signal
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def test_no_server_is_one_clear_line(run: Run) -> None:
 
 def test_errors_of_the_server_are_one_line(run: Run, server: ScriptedServer) -> None:
     outcome = run("generate", "--raw", "fail", "--address", server.address)
-    assert outcome.exit_code == 1
+    assert (outcome.exit_code, outcome.out) == (1, "")
     assert outcome.err == "blockyard: sampling.top_p: out of range\n"
 
 
@@ -114,6 +115,7 @@ def test_batch_keeps_order_and_survives_bad_lines(
     [
         (b'{"prompt": "a", "timeout": "abc"}', "timeout"),
         (b'{"prompt": "a", "self": 1}', "self"),
+        (b'{"prompt": 5}', "prompt"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"prompt": "\xff"}', ""),
     ],
@@ -193,6 +195,14 @@ def test_chat_keeps_history_until_cleared(
         [system, ("user", "hi"), answer, ("user", "more")],
         [system, ("user", "again")],
     ]
+
+
+def test_piped_chat_prints_answers_alone(
+    run: Run, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nmore"))
+    outcome = run("chat", "--address", server.address)
+    assert (outcome.exit_code, outcome.out) == (0, "one two\none two\n")
 
 
 def test_chat_needs_a_template(run: Run) -> None:

@@ -175,6 +175,22 @@ async def test_errors_of_the_server_async(server: ScriptedServer) -> None:
             await client.complete("slow", timeout=0.1)
 
 
+def test_a_large_answer_comes_whole(server: ScriptedServer) -> None:
+    with Client(server.address) as client:
+        # More than gRPC takes by default; the server's own limit on requests is as low.
+        completion = client.complete("a" * 3_000_000, num_samples=2)
+    assert [len(choice.text) for choice in completion.choices] == [3_000_000, 3_000_001]
+
+
+def test_no_proxy_stands_between_parts_of_one_machine(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with Client(server.address) as client:
+        assert client.model().name == "scripted"
+
+
 def test_no_server() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(BlockyardError, match="UNAVAILABLE"):
         client.model()

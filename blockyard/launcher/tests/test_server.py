@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -152,12 +153,12 @@ async def test_leaving_ends_everything_and_leaves_no_files(model: Path) -> None:
     assert not run_dir.exists()
 
 
-async def test_several_front_ends_share_the_port(model: Path) -> None:
 async def test_clients_learn_what_computes(server: LocalServer) -> None:
     async with AsyncClient(server.address) as client:
         assert (await client.model()).device.startswith("cpu")
 
 
+async def test_several_front_ends_share_the_port(model: Path) -> None:
     settings = _settings(model).model_copy(update={"frontends": 2})
     async with LocalServer(settings) as server:
         assert {"frontend-0", "frontend-1"} <= server.pids.keys()
@@ -187,6 +188,33 @@ async def test_memory_too_small_is_a_configuration_error(model: Path) -> None:
         async with LocalServer(settings):
             pass
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", b"\x00" * 100, r"executor cannot run.*model\.safetensors: not a"),
+        ("tokenizer.json", b"{}", r"frontend cannot run.*tokenizer\.json: cannot be used"),
+        ("chat_template.jinja", b"{% if %}", "frontend cannot run.*template does not compile"),
+    ],
+)
+async def test_a_damaged_model_is_a_configuration_error(
+    file: str, content: bytes, message: str, model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model, tmp_path / "damaged")
+    (tmp_path / "damaged" / file).write_bytes(content)
+    with pytest.raises(ServeError, match=f"(?s){message}") as caught:
+        async with LocalServer(_settings(tmp_path / "damaged")):
+            pass
+    assert caught.value.exit_code == 2
+
+
+async def test_a_proxy_is_not_asked_for_this_machine(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    async with LocalServer(_settings(model)) as server:
+        assert len(await _generate(server.address)) == 8
 
 
 def _serve(model: Path) -> subprocess.Popen[str]:
