@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
@@ -144,9 +145,11 @@ async def _run(server: LocalServer) -> None:
 
 
 def _text_line(name: str, line: str) -> None:
-    click.echo(f"{name:10} | {line}", file=sys.stderr)
+    _json_line(name, f"{name:10} | {line}")
 
 
-def _json_line(name: str, line: str) -> None:
+def _json_line(_name: str, line: str) -> None:
     """Children write JSON objects that carry their name."""
-    click.echo(line, file=sys.stderr)
+    # Whoever read our output may have left: the children must not wait for somebody to read theirs.
+    with contextlib.suppress(OSError):
+        click.echo(line, file=sys.stderr)
