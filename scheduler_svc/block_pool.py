@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +44,11 @@ class BlockPool:
         self._ref_counts = np.zeros(num_blocks, np.int32)
         self._blank = np.arange(num_blocks - 1, num_reserved - 1, -1, dtype=np.int32)  # a stack
         self._num_blank = num_blocks - num_reserved
-        self._hashes: dict[int, BlockHash] = {}
+        self._hashes: list[BlockHash | None] = [None] * num_blocks
         self._ids: dict[BlockHash, int] = {}  # the inverse of _hashes
-        self._is_named = np.zeros(num_blocks, np.bool_)
-        self._cached: dict[int, None] = {}  # least recently held first
+        # Least recently held first. Not a plain dict: taken from in front, it would leave holes
+        # that every look for the first one must step over.
+        self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_usable(self) -> int:
@@ -84,20 +85,20 @@ class BlockPool:
 
     def _evict(self, count: int) -> BlockIds:
         """Take the cached blocks that were let go longest ago [count]."""
-        evicted = list(islice(self._cached, count))
-        ids, known, cached = self._ids, self._hashes, self._cached
-        hashes = []
-        for block_id in evicted:
-            del cached[block_id]
-            block_hash = known.pop(block_id)
+        ids, known, take_first = self._ids, self._hashes, self._cached.popitem
+        evicted, hashes = [], []
+        for _ in range(count):
+            block_id, _ = take_first(last=False)
+            block_hash = known[block_id]
+            assert block_hash is not None, "a cached block has no name"
+            known[block_id] = None
             del ids[block_hash]
+            evicted.append(block_id)
             hashes.append(block_hash)
-        block_ids = np.array(evicted, np.int32)
-        self._is_named[block_ids] = False
         self.num_evicted += count
         if self._on_evict is not None:
             self._on_evict(evicted, hashes)
-        return block_ids
+        return np.array(evicted, np.int32)
 
     def share(self, block_ids: BlockIds) -> int:
         """Add one holder to each of these distinct blocks, held or cached.
@@ -123,10 +124,11 @@ class BlockPool:
         self._ref_counts[block_ids] = counts
         self.num_references -= len(block_ids)
         freed = block_ids[counts == 0]
-        is_named = self._is_named[freed]
-        if is_named.any():
-            self._cached.update(dict.fromkeys(freed[is_named][::-1].tolist()))
-            freed = freed[~is_named]
+        known = self._hashes
+        named = [block_id for block_id in freed[::-1].tolist() if known[block_id] is not None]
+        if named:
+            self._cached.update(dict.fromkeys(named))
+            freed = np.array([i for i in freed.tolist() if known[i] is None], np.int32)
         self._push_blank(freed)
 
     def _push_blank(self, block_ids: BlockIds) -> None:
@@ -145,19 +147,19 @@ class BlockPool:
         There is one block per content and one content per block: what exists stays.
         """
         ids, known = self._ids, self._hashes
-        named = []
         for block_id, block_hash in zip(block_ids.tolist(), hashes, strict=True):
-            if block_hash not in ids and block_id not in known:
+            if known[block_id] is None and block_hash not in ids:
                 ids[block_hash] = block_id
                 known[block_id] = block_hash
-                named.append(block_id)
-        self._is_named[named] = True
 
     def forget(self, block_ids: BlockIds) -> None:
         """Let these blocks no longer be found: what they hold is wrong."""
-        for block_id in block_ids[self._is_named[block_ids]].tolist():
-            del self._ids[self._hashes.pop(block_id)]
-            self._is_named[block_id] = False
+        for block_id in block_ids.tolist():
+            block_hash = self._hashes[block_id]
+            if block_hash is None:
+                continue
+            self._hashes[block_id] = None
+            del self._ids[block_hash]
             if block_id in self._cached:
                 del self._cached[block_id]
                 self._push_blank(np.array([block_id], np.int32))
@@ -187,5 +189,6 @@ class BlockPool:
         assert len(np.unique(free)) == len(free), "a block is free twice"
         assert (self._ref_counts[free] == 0).all(), "a held block is free"
         assert self.num_free + np.count_nonzero(self._ref_counts) == self.num_usable
-        assert self._is_named[list(self._cached)].all(), "a cached block has no name"
-        assert {h: b for b, h in self._hashes.items()} == self._ids
+        names = {h: block_id for block_id, h in enumerate(self._hashes) if h is not None}
+        assert names == self._ids
+        assert set(self._cached) <= set(names.values()), "a cached block has no name"

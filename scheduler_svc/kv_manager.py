@@ -75,8 +75,9 @@ class KVManager:
             self.pool.release(np.array(pair, np.int32))
         self._copies_now = []
         for host_ids in (self._written_host_ids, self._read_host_ids):
-            self.host.release(np.array(list(host_ids), np.int32))
-        self._written_host_ids, self._read_host_ids = set(), set()
+            if host_ids:
+                self.host.release(np.array(list(host_ids), np.int32))
+                host_ids.clear()
         self.num_copied += len(moves.copy)
         self.num_swapped_out += len(moves.swap_out)
         self.num_swapped_in += len(moves.swap_in)
@@ -108,6 +109,8 @@ class KVManager:
 
     def num_held(self, found: list[CachedBlock]) -> int:
         """How many of these blocks take no free block: somebody holds them on the device."""
+        if not found:
+            return 0
         device_ids = [block.block_id for block in found if not block.is_on_host]
         return int((self.pool.ref_counts(np.array(device_ids, np.int64)) > 0).sum())
 
