@@ -138,6 +138,11 @@ class SplitPlanner:
         }
         return Launch(self._kernel, -(-num_rows // _WARP_SIZE), _PLANNER_THREADS, params)
 
+    def resize(self, launch: Launch, num_rows: int) -> Launch:
+        """The launch for another number of rows, at most those that it was packed for."""
+        capacity = item_capacity(num_rows, self._shape.num_kv_heads, self._num_sms)
+        return launch.resize(-(-num_rows // _WARP_SIZE), num_rows=num_rows, capacity=capacity)
+
 
 def decode_variant(shape: AttentionShape, max_shared_bytes: int) -> Variant:
     """The kernel for a model on a device with so much shared memory per block of threads."""
@@ -157,6 +162,7 @@ class Decode:
     def __init__(self, device: Device, shape: AttentionShape) -> None:
         """Load the kernel."""
         self._shape = shape
+        self._num_sms = device.num_sms
         variant = decode_variant(shape, device.max_shared_bytes)
         self._shared_bytes = variant.defines["STAGES"] * _WARPS * shape.tile_bytes
         self._kernel = device.load(variant, self._shared_bytes)
@@ -203,6 +209,10 @@ class Decode:
             "scale_log2": LOG2_E * shape.head_dim**-0.5,
         }
         return Launch(self._kernel, work.capacity, _WARPS * _WARP_SIZE, params, self._shared_bytes)
+
+    def resize(self, launch: Launch, num_rows: int) -> Launch:
+        """The launch for as many rows as the planner's was resized to."""
+        return launch.resize(item_capacity(num_rows, self._shape.num_kv_heads, self._num_sms))
 
 
 class DecodePlain:

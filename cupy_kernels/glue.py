@@ -64,6 +64,10 @@ class AddRmsNorm:
         warps = -(-hidden // (_VECTOR * 32))
         return Launch(self._kernel, num_tokens, min(_MAX_THREADS, 32 * warps), params)
 
+    def resize(self, launch: Launch, num_tokens: int) -> Launch:
+        """The launch for another number of tokens, at most those that it was packed for."""
+        return launch.resize(num_tokens)
+
 
 class SiluMul:
     """Launches of sources/silu_mul.cu."""
@@ -88,5 +92,12 @@ class SiluMul:
             "num_tokens": num_tokens,
             "intermediate": intermediate,
         }
-        blocks = -(-num_tokens * intermediate // (_VECTOR * _SILU_THREADS))
+        blocks = self._blocks(num_tokens, intermediate)
         return Launch(self._kernel, blocks, _SILU_THREADS, params)
+
+    def resize(self, launch: Launch, num_tokens: int, intermediate: int) -> Launch:
+        """The launch for another number of tokens, at most those that it was packed for."""
+        return launch.resize(self._blocks(num_tokens, intermediate), num_tokens=num_tokens)
+
+    def _blocks(self, num_tokens: int, intermediate: int) -> int:
+        return -(-num_tokens * intermediate // (_VECTOR * _SILU_THREADS))

@@ -12,7 +12,7 @@ import ctypes
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +98,14 @@ class Launch:
             ctypes.addressof(self._pointers),
             None,
         )
+
+    def resize(self, blocks: int, **params: float) -> Self:
+        """Change the grid and some parameters of launches from here on; returns the launch."""
+        assert blocks > 0, f"{self._kernel.name}: nothing to launch"
+        self._config.grid[0] = blocks
+        for name, value in params.items():
+            self._params[name] = value
+        return self
 
     def run(self, stream: int) -> None:
         """Enqueue on a stream, given by its raw handle; the caller's thread has its context.

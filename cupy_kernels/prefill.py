@@ -49,6 +49,8 @@ def prefill_items(
     rows: IntArray,
     num_scheduled_tokens: IntArray,
     num_computed_tokens: IntArray,
+    *,
+    first_query: int = 0,
 ) -> IntArray:
     """Cut a step's rows into items, costliest first, on the host.
 
@@ -58,13 +60,14 @@ def prefill_items(
         num_scheduled_tokens: [n], new tokens of each row, at least 1; rows follow each other in
             the batch.
         num_computed_tokens: [n], tokens of each row that precede them.
+        first_query: index in the batch of the first row's first token.
 
     Returns:
         [items, 4] int32: row, first query (index in the batch), number of queries, first position.
     """
     tokens_per_item = _rows_per_item(shape) // shape.group
     counts = -(-num_scheduled_tokens // tokens_per_item)
-    batch_starts = np.cumsum(num_scheduled_tokens) - num_scheduled_tokens
+    batch_starts = first_query + np.cumsum(num_scheduled_tokens) - num_scheduled_tokens
     which = np.repeat(np.arange(len(rows)), counts)
     begins = (np.arange(len(which)) - (np.cumsum(counts) - counts)[which]) * tokens_per_item
     num_queries = np.minimum(tokens_per_item, num_scheduled_tokens[which] - begins)
@@ -123,3 +126,12 @@ class Prefill:
         }
         blocks = num_items * shape.num_kv_heads
         return Launch(self._kernel, blocks, _THREADS, params, self._shared_bytes)
+
+    def resize(self, launch: Launch, items: DeviceTensor) -> Launch:
+        """The launch for other items [n, 4]."""
+        num_items = items.shape[0]
+        return launch.resize(
+            num_items * self._shape.num_kv_heads,
+            items=address(items, "int32", num_items, ITEM_INTS),
+            num_items=num_items,
+        )

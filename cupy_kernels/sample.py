@@ -59,6 +59,8 @@ class Sample:
         columns: SamplingColumns,
         token_ids: DeviceTensor,
         status: DeviceTensor,
+        rows: DeviceTensor | None = None,
+        last_tokens: DeviceTensor | None = None,
     ) -> Launch:
         """Temperature, top-k, top-p of what is left, min-p; then a Gumbel-max draw.
 
@@ -69,6 +71,8 @@ class Sample:
             columns: per row.
             token_ids: [num_rows] int32, written; 0 for failed rows.
             status: [num_rows] int32, written: 1 if there is a NaN or Inf among the logits, else 0.
+            rows: [num_rows] int32, with last_tokens; all different.
+            last_tokens: [max_rows] int32, if given; entry rows[i] is written as token_ids[i].
         """
         num_rows, stride = logits.shape
         assert stride % _VECTOR == 0, stride
@@ -84,7 +88,19 @@ class Sample:
             "positions": address(columns.positions, "int32", num_rows),
             "token_ids": address(token_ids, "int32", num_rows),
             "status": address(status, "int32", num_rows),
+            "rows": 0 if rows is None else address(rows, "int32", num_rows),
+            "last_tokens": 0 if last_tokens is None else address(last_tokens, "int32", None),
             "vocab_size": vocab_size,
             "stride": stride,
         }
         return Launch(self._kernel, num_rows, _THREADS, params)
+
+    def resize(
+        self, launch: Launch, num_rows: int, token_ids: DeviceTensor, status: DeviceTensor
+    ) -> Launch:
+        """The launch for fewer rows or more, and other results, at most as many as packed for."""
+        return launch.resize(
+            num_rows,
+            token_ids=address(token_ids, "int32", None),
+            status=address(status, "int32", None),
+        )

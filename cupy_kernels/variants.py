@@ -11,6 +11,7 @@ from cupy_kernels.prefill import prefill_variant
 from cupy_kernels.sample import sample_variant
 from cupy_kernels.shape import AttentionShape
 from cupy_kernels.source import Variant
+from cupy_kernels.staging import staging_variants
 from cupy_kernels.write_kv import write_kv_variant
 
 # Shared memory that a block of threads can have; CUDA C++ Programming Guide, compute capabilities.
@@ -35,6 +36,7 @@ def model_variants(shape: AttentionShape, max_shared_bytes: int) -> list[Variant
         decode_variant(shape, max_shared_bytes),
         prefill_variant(shape),
         copy_blocks_variant(),
+        *staging_variants().values(),
         *glue_variants(shape.element).values(),
         sample_variant(shape.element),
     ]

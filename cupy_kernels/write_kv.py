@@ -53,8 +53,6 @@ class WriteKv:
         """
         shape = self._shape
         num_tokens = qkv.shape[0]
-        num_slices = shape.num_heads + 2 * shape.num_kv_heads
-        threads_per_head = 1 << (shape.head_dim // 16 - 1).bit_length()
         norms = [
             0 if norm is None else address(norm, shape.element, shape.head_dim)
             for norm in (q_norm, k_norm)
@@ -74,8 +72,17 @@ class WriteKv:
             "block_size": shape.block_size,
             "rms_norm_eps": self._eps,
         }
-        blocks = -(-num_tokens * num_slices * threads_per_head // _THREADS)
-        return Launch(self._kernel, blocks, _THREADS, params)
+        return Launch(self._kernel, self._blocks(num_tokens), _THREADS, params)
+
+    def resize(self, launch: Launch, num_tokens: int) -> Launch:
+        """The launch for another number of tokens, at most those that it was packed for."""
+        return launch.resize(self._blocks(num_tokens), num_tokens=num_tokens)
+
+    def _blocks(self, num_tokens: int) -> int:
+        shape = self._shape
+        num_slices = shape.num_heads + 2 * shape.num_kv_heads
+        threads_per_head = 1 << (shape.head_dim // 16 - 1).bit_length()
+        return -(-num_tokens * num_slices * threads_per_head // _THREADS)
 
 
 def layer_address(pool: DeviceTensor, shape: AttentionShape, layer: int) -> int:

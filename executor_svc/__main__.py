@@ -14,16 +14,15 @@ import uvloop
 from blockyard.common import logs, model_dir
 from blockyard.common.listen_address import ListenError, claim
 from blockyard.common.settings import run_service
+from cupy_kernels.errors import KernelError
 from executor_svc.config import ExecutorSettings
 from executor_svc.kv_pool import KvPoolError
-from executor_svc.main_memory import check_pools_fit
-from executor_svc.model.config import parse_config
+from executor_svc.loading import load_runner
 from executor_svc.model.errors import ModelError
-from executor_svc.runner import FatalDeviceError, Runner
+from executor_svc.runner import FatalDeviceError
 from executor_svc.server import serve
 
 _PROGRESS_STEP: Final = 0.25
-_KV_ELEMENT_BYTES: Final = 4
 DEVICE_LOST: Final = 1
 
 log = logging.getLogger(__name__)
@@ -45,30 +44,10 @@ class _Progress:
         logs.event(log, stage, percent=round(100 * fraction))
 
 
-def _load_runner(settings: ExecutorSettings) -> Runner:
-    config = parse_config(model_dir.load(settings.model_dir).config)
-    check_pools_fit(settings.kv_memory, settings.host_memory)
-    block_bytes = config.kv_elements_per_token * _KV_ELEMENT_BYTES * settings.block_size
-    # Imported late: torch takes seconds to load, and what is wrong with the settings is told first.
-    from executor_svc.model_runner import ModelRunner
-
-    return ModelRunner.load(
-        settings.model_dir,
-        kv_memory_bytes=settings.kv_memory,
-        block_size=settings.block_size,
-        max_rows=settings.max_rows,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_model_len=settings.max_model_len,
-        num_threads=settings.num_threads,
-        num_host_blocks=settings.host_memory // block_bytes,
-        progress=_Progress(),
-    )
-
-
 def _serve(settings: ExecutorSettings) -> int:
     claim(settings.listen)  # before the model is loaded, not after
     try:
-        uvloop.run(serve(_load_runner(settings), settings.listen))
+        uvloop.run(serve(load_runner(settings, _Progress()), settings.listen))
     except FatalDeviceError as error:
         log.error("device lost: %s", error)
         return DEVICE_LOST
@@ -77,7 +56,7 @@ def _serve(settings: ExecutorSettings) -> int:
 
 def main(arguments: list[str]) -> int:
     """Load the model and serve it until a signal; returns the exit code."""
-    unusable = (model_dir.ModelDirError, ModelError, KvPoolError, ListenError)
+    unusable = (model_dir.ModelDirError, ModelError, KernelError, KvPoolError, ListenError)
     return run_service("executor", ExecutorSettings, arguments, _serve, unusable)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -27,15 +27,33 @@ class ExecutorSettings(ServiceSettings):
 
     listen: str = Field(description="Address to serve on: unix:/path or host:port.")
     model_dir: Path = Field(description="The model directory, as `blockyard models import` makes.")
-    kv_memory: ByteSize = Field(
-        1 << 30, gt=0, description="Memory of the device block pool, e.g. 1GiB."
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to compute; auto: on a GPU if there is one."
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="dummy: random weights, for benchmarks on a GPU."
+    )
+    dtype: Literal["bfloat16", "float16"] = Field(
+        "bfloat16", description="Of weights and KV on a GPU; the CPU computes in float32."
+    )
+    gpu_memory_utilization: float = Field(
+        0.97, gt=0, le=1, description="Share of the GPU's memory that this process may take."
+    )
+    kv_memory: Annotated[ByteSize | None, Field(gt=0)] = Field(
+        None,
+        description="Memory of the device block pool, e.g. 1GiB; not set: 1GiB on the CPU, on a "
+        "GPU what gpu_memory_utilization leaves.",
     )
     host_memory: ByteSize = Field(
         0, ge=0, description="Memory of the host block pool, for swapping; 0: none."
     )
     block_size: int = Field(16, ge=1, le=256, description="Tokens per KV block.")
-    max_rows: int = Field(256, ge=1, description="Most requests resident at once.")
-    max_num_batched_tokens: int = Field(256, ge=1, description="Most tokens in one step.")
+    max_rows: int | None = Field(
+        None, ge=1, description="Most requests resident at once; not set: 64, on a GPU 512."
+    )
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="Most tokens in one step; not set: 256, on a GPU 8192."
+    )
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt + output; not set: the model's."
     )

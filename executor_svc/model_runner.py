@@ -28,8 +28,7 @@ from blockyard.common.protocol import MAX_WINDOW
 from blockyard.executor.v1 import executor_pb2 as pb
 from executor_svc import sampler
 from executor_svc.kv_pool import KvPool
-from executor_svc.model.config import ModelConfig, parse_config
-from executor_svc.model.errors import ModelError
+from executor_svc.model.config import ModelConfig, model_len, parse_config
 from executor_svc.model.llama import LlamaModel, load_llama
 from executor_svc.model.weights import Weights
 from executor_svc.runner import LAST_SAMPLED, IntArray, RunnerInfo, StepBatch, StepOutputs
@@ -103,8 +102,8 @@ class ModelRunner:
         report = progress or (lambda _stage, _done: None)
         directory = model_dirs.load(model_dir)
         config = parse_config(directory.config)
-        model_len = _model_len(config, max_model_len)
-        backend = CpuBackend(config, block_size, max_num_batched_tokens, model_len, num_threads)
+        longest = model_len(config, max_model_len)
+        backend = CpuBackend(config, block_size, max_num_batched_tokens, longest, num_threads)
         num_blocks = KvPool.num_blocks(kv_memory_bytes, backend.block_bytes)
         model = _load_model(directory, config, backend, partial(report, "loading weights"))
         report("allocating blocks", 0.0)
@@ -114,7 +113,7 @@ class ModelRunner:
             model_digest=directory.digest,
             model_name=directory.name,
             vocab_size=config.vocab_size,
-            max_model_len=model_len,
+            max_model_len=longest,
             block_size=block_size,
             num_device_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
@@ -161,7 +160,8 @@ class ModelRunner:
             return StepOutputs(token_ids=np.empty(0, np.int32))
         self._backend.use_threads()
         self._backend.begin_step(batch, state.block_table)
-        hidden = self._model.forward(self._backend, self._inputs(batch))
+        residual = self._backend.embed(self._model.embedding, self._inputs(batch))
+        hidden = self._model.forward(self._backend, residual)
         logits = self._model.logits(_select(hidden, batch.logits_indices))
         sample_begin_ns = time.perf_counter_ns()
         samples = self._sample(state, batch, logits.numpy())
@@ -248,7 +248,8 @@ class ModelRunner:
         batch = StepBatch(row, one, np.full(1, context, np.int32), 1, row, row, row, one)
         with torch.inference_mode():
             self._backend.begin_step(batch, table)
-            hidden = self._model.forward(self._backend, row)
+            residual = self._backend.embed(self._model.embedding, row)
+            hidden = self._model.forward(self._backend, residual)
             logits = self._model.logits(hidden).numpy()
         params = SamplingParams(
             temperature=np.ones(1, np.float32),
@@ -268,13 +269,6 @@ def _load_model(
     backend.use_threads()
     with torch.inference_mode(), Weights(directory.weight_files) as weights:
         return load_llama(config, weights, backend, progress)
-
-
-def _model_len(config: ModelConfig, max_model_len: int | None) -> int:
-    longest = config.max_position_embeddings
-    if max_model_len is not None and max_model_len > longest:
-        raise ModelError(f"max_model_len {max_model_len} exceeds the model's {longest} positions")
-    return max_model_len or longest
 
 
 def _select(hidden: torch.Tensor, indices: IntArray) -> torch.Tensor:

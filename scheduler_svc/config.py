@@ -25,8 +25,11 @@ class EngineSettings(ServiceSettings):
         "", description="host:port that answers GET /metrics; empty: none does."
     )
     model_digest: str = Field("", description="Refuse an executor with another model; empty: any.")
-    max_num_seqs: int = Field(
-        64, ge=1, description="Most branches running at once: requests, their samples and beams."
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        description="Most branches running at once: requests, their samples and beams; not set: "
+        "what the executor holds.",
     )
     max_num_batched_tokens: int | None = Field(
         None, ge=1, description="Most tokens in one step; not set: what the executor allows."

@@ -31,6 +31,8 @@ struct SampleParams {
   const int* positions;      // [num_rows], of the token to be drawn
   int* token_ids;            // [num_rows]; 0 for failed rows
   int* status;               // [num_rows]; 1: NaN or Inf among the logits, else 0
+  const int* rows;           // [num_rows], or null: nothing is kept in last_tokens
+  int* last_tokens;          // [max_rows], or null; entry rows[i] is written as token_ids[i]
   int vocab_size;
   int stride;                // a multiple of 8; what lies behind vocab_size is ignored
 };
@@ -329,7 +331,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     token = static_cast<int>(~static_cast<uint32>(best));
   }
   if (threadIdx.x == 0) {
-    p.token_ids[index] = is_finite ? token : 0;
+    if (!is_finite) token = 0;
+    p.token_ids[index] = token;
     p.status[index] = !is_finite;
+    if (p.rows) p.last_tokens[p.rows[index]] = token;
   }
 }

@@ -2,6 +2,7 @@
 
 A model is written once against this protocol; a backend owns the layout of a KV block, the kernels
 and their scratch memory. Tokens of all rows are flattened: T is the number of tokens in the step.
+How a step begins is between a backend and its runner.
 """
 
 from __future__ import annotations
@@ -11,23 +12,21 @@ from typing import Protocol
 
 from torch import Tensor
 
-from executor_svc.runner import IntArray, StepBatch
-
 Linear = Callable[[Tensor], Tensor]
-"""[T, in_features] -> [T, out_features], a new tensor."""
+"""[T, in_features] -> [T, out_features]."""
 
 
 class Backend(Protocol):
-    """One device. Results of one call may be overwritten by the next call of the same method."""
+    """One device. Results of one call may be overwritten by the next of a method or projection."""
+
+    def place(self, weight: Tensor) -> Tensor:
+        """Bring a weight of any float type to the device, in its element type."""
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Bring weight [out_features, in_features] and bias into the device's own form."""
+        """Bring placed weight [out_features, in_features] and bias into the device's own form."""
 
-    def begin_step(self, batch: StepBatch, block_table: IntArray) -> None:
-        """Lay out the work of one step; block_table is [max_rows, max_blocks_per_row]."""
-
-    def embed(self, table: Tensor, token_ids: IntArray) -> Tensor:
-        """Rows of table [vocab_size, hidden] for token_ids [T]; the step's residual stream."""
+    def pack_head(self, weight: Tensor) -> Linear:
+        """The same for the projection to the vocabulary, of as many tokens as rows sample."""
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, hidden] normalised by root mean square, times weight [hidden]."""

@@ -38,12 +38,20 @@ class ReferenceBackend:
         shape = (config.num_layers, 2, self._block_size, config.num_kv_heads, config.head_dim)
         self._blocks = torch.from_numpy(pool.device).view(-1, *shape)
 
+    def place(self, weight: Tensor) -> Tensor:
+        """See Backend."""
+        return weight.to(torch.float32)
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """See Backend."""
         return lambda x: functional.linear(x, weight, bias)
 
-    def begin_step(self, batch: StepBatch, block_table: IntArray) -> None:
+    def pack_head(self, weight: Tensor) -> Linear:
         """See Backend."""
+        return self.pack_linear(weight, None)
+
+    def begin_step(self, batch: StepBatch, block_table: IntArray) -> None:
+        """As CpuBackend.begin_step."""
         self._rows = []
         begin = 0
         columns = (batch.rows, batch.num_scheduled_tokens, batch.num_computed_tokens)
@@ -54,7 +62,7 @@ class ReferenceBackend:
             begin += count
 
     def embed(self, table: Tensor, token_ids: IntArray) -> Tensor:
-        """See Backend."""
+        """As CpuBackend.embed."""
         return table[torch.from_numpy(token_ids).long()].clone()
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:

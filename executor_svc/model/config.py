@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from executor_svc.model.errors import UnsupportedModelError
+from executor_svc.model.errors import ModelError, UnsupportedModelError
 from executor_svc.model.rope import RopeConfig, parse_rope
 
 
@@ -97,6 +97,14 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         has_mlp_bias=bool(config.get("mlp_bias", False)),
         has_qk_norm=family.qk_norm,
     )
+
+
+def model_len(config: ModelConfig, max_model_len: int | None) -> int:
+    """Longest sequence to serve: max_model_len, or all positions. Raises ModelError beyond them."""
+    longest = config.max_position_embeddings
+    if max_model_len is not None and max_model_len > longest:
+        raise ModelError(f"max_model_len {max_model_len} exceeds the model's {longest} positions")
+    return max_model_len or longest
 
 
 def _family(config: Mapping[str, Any]) -> tuple[str, _Family]:

@@ -17,8 +17,7 @@ from torch import Tensor
 from executor_svc.backends.base import Backend, Linear
 from executor_svc.model.config import ModelConfig
 from executor_svc.model.errors import WeightsError
-from executor_svc.model.weights import Weights
-from executor_svc.runner import IntArray
+from executor_svc.model.weights import TensorSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +40,18 @@ class LlamaModel:
     def __init__(
         self, embedding: Tensor, layers: list[Layer], final_norm: Tensor, lm_head: Linear
     ) -> None:
-        self._embedding = embedding
+        self.embedding = embedding  # [vocab_size, hidden]
         self._layers = layers
         self._final_norm = final_norm
         self._lm_head = lm_head
 
-    def forward(self, backend: Backend, token_ids: IntArray) -> Tensor:
+    def forward(self, backend: Backend, residual: Tensor) -> Tensor:
         """Normalised hidden states [T, hidden] of the step that the backend has begun.
 
         Args:
             backend: the one the weights were packed by.
-            token_ids: [T], all rows flattened.
+            residual: [T, hidden], rows of `embedding` for all rows' tokens; overwritten.
         """
-        residual = backend.embed(self._embedding, token_ids)
         x = backend.rms_norm(residual, self._layers[0].input_norm)
         next_norms = [layer.input_norm for layer in self._layers[1:]] + [self._final_norm]
         for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
@@ -73,24 +71,20 @@ class LlamaModel:
 class _Loader:
     """Reads, fuses and packs tensor by tensor, so that no weight is held twice for long."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, weights: TensorSource, backend: Backend) -> None:
         self._config = config
         self._weights = weights
         self._backend = backend
 
     def tensor(self, name: str, *shape: int) -> Tensor:
-        return self._weights.take(name, shape)
+        return self._backend.place(self._weights.take(name, shape))
 
     def linear(self, parts: dict[str, int], in_size: int, has_bias: bool) -> Linear:
         """One projection from the rows of several, given as name -> rows."""
-        weight = torch.empty(sum(parts.values()), in_size)
-        bias = torch.empty(len(weight)) if has_bias else None
-        begin = 0
-        for name, rows in parts.items():
-            weight[begin : begin + rows] = self.tensor(f"{name}.weight", rows, in_size)
-            if bias is not None:
-                bias[begin : begin + rows] = self.tensor(f"{name}.bias", rows)
-            begin += rows
+        weight = torch.cat([self.tensor(f"{n}.weight", rows, in_size) for n, rows in parts.items()])
+        bias = None
+        if has_bias:
+            bias = torch.cat([self.tensor(f"{n}.bias", rows) for n, rows in parts.items()])
         return self._backend.pack_linear(weight, bias)
 
     def layer(self, index: int) -> Layer:
@@ -127,7 +121,7 @@ class _Loader:
 
 def load_llama(
     config: ModelConfig,
-    weights: Weights,
+    weights: TensorSource,
     backend: Backend,
     progress: Callable[[float], None] = lambda _: None,
 ) -> LlamaModel:
@@ -149,9 +143,9 @@ def load_llama(
     final_norm = loader.tensor("model.norm.weight", hidden)
     if config.is_tied:
         weights.drop("lm_head.weight")
-        lm_head = backend.pack_linear(embedding, None)
+        lm_head = backend.pack_head(embedding)
     else:
-        lm_head = loader.linear({"lm_head": vocab}, hidden, has_bias=False)
+        lm_head = backend.pack_head(loader.tensor("lm_head.weight", vocab, hidden))
     if weights.remaining:
         raise WeightsError(
             f"tensor {weights.remaining[0]!r} and {len(weights.remaining) - 1} more do not belong "

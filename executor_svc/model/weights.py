@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,44 @@ from executor_svc.model.errors import WeightsError
 
 _FLOAT_TYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 _PICKLED: Final = (".bin", ".pt", ".pth")
+
+
+class TensorSource(Protocol):
+    """Where a model's tensors come from."""
+
+    @property
+    def remaining(self) -> list[str]:
+        """Names not taken yet, sorted."""
+
+    def drop(self, name: str) -> None:
+        """Leave a tensor unread; no error if it is not there."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor, of a floating type, anywhere. Raises WeightsError."""
+
+
+class DummyWeights:
+    """Random tensors of any name, for benchmarks: timing does not depend on what a model says."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Make tensors on `device`, always the same ones in the same order."""
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    @property
+    def remaining(self) -> list[str]:
+        """None."""
+        return []
+
+    def drop(self, name: str) -> None:
+        """Nothing to drop."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Ones for norms; else normally distributed bfloat16 with the usual spread of 0.02."""
+        device = self._generator.device
+        tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        if name.endswith("norm.weight"):
+            return tensor.fill_(1)
+        return tensor.normal_(0, 0.02, generator=self._generator)
 
 
 class Weights:
@@ -64,7 +102,10 @@ class Weights:
         self._handles.pop(name, None)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Read one tensor as float32. Raises WeightsError if missing, misshapen or unreadable."""
+        """Read one tensor as it is stored; a float type.
+
+        Raises WeightsError if missing, misshapen or unreadable.
+        """
         if name not in self._handles:
             raise WeightsError(f"tensor {name!r} is in none of the weight files")
         path, handle = self._handles.pop(name)
@@ -77,7 +118,7 @@ class Weights:
             raise WeightsError(f"{path}: tensor {name!r} cannot be read: {error}") from error
         if tensor.dtype not in _FLOAT_TYPES:
             raise WeightsError(f"{path}: tensor {name!r} has type {tensor.dtype}")
-        return tensor.to(torch.float32)
+        return tensor
 
     def _open(self, path: Path) -> None:
         if path.suffix in _PICKLED:

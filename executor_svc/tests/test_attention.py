@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from executor_svc.backends.base import Backend
 from executor_svc.backends.cpu.backend import CpuBackend
 from executor_svc.backends.cpu.work import PART, plan_items
 from executor_svc.backends.reference import ReferenceBackend
@@ -43,7 +42,7 @@ class Bench:
     """A backend with its pool, filled with NaN, and tables of blocks in a given order."""
 
     def __init__(self, backend: CpuBackend | ReferenceBackend, order: IntArray, width: int) -> None:
-        self.backend: Backend = backend
+        self.backend = backend
         self.pool = KvPool(order.size + 1, 0, backend.block_bytes)
         self.pool.device[:] = np.nan
         backend.use_pool(self.pool)

@@ -106,7 +106,7 @@ class Engine:
         return Limits(
             num_device_blocks=info.num_device_blocks,
             block_size=info.block_size,
-            max_num_seqs=min(settings.max_num_seqs, info.max_rows, budget),
+            max_num_seqs=min(settings.max_num_seqs or info.max_rows, info.max_rows, budget),
             max_num_batched_tokens=budget,
             max_model_len=min(settings.max_model_len or info.max_model_len, info.max_model_len),
             vocab_size=info.vocab_size,
