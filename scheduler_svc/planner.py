@@ -178,7 +178,10 @@ class Planner:
             return False
         found = kv.find(branch)
         # What somebody holds takes no block; what is not cached takes one at least.
-        if not self._make_room(branch, len(found) - kv.num_held(found) + 1):
+        num_blocks = len(found) - kv.num_held(found) + 1
+        if kv.pool.num_free < num_blocks:
+            self._make_room(branch, num_blocks)
+            found = kv.find(branch)  # a victim's blocks may have taken the place of others
             while found and len(found) - kv.num_held(found) >= kv.pool.num_free:
                 found.pop()
         if not kv.pool.num_free:

@@ -15,6 +15,7 @@ from scheduler_svc.tests.driver import (
     WIDTH_2,
     Driver,
     go_on,
+    make_request,
     new_row_of,
     num_preemptions,
     output_ids,
@@ -271,5 +272,36 @@ def test_a_host_block_that_a_plan_writes_is_not_read_by_it() -> None:
     assert len(plan.moves.swap_out) == 3
     assert new_row_of(plan, again.branches[0]).num_computed_tokens == 12
     assert not plan.moves.swap_in
+    driver.commit()
+    driver.run_dry()
+
+
+def test_a_prefix_on_the_host_that_makes_way_for_a_victim_is_not_taken_up() -> None:
+    driver = Driver(SWAP, num_device_blocks=9, max_num_batched_tokens=64, num_host_blocks=7)
+    scheduler, evicting = driver.scheduler, PROMPT[:27] + [9]
+    driver.run(PROMPT[10:26])
+    driver.run(evicting)
+    oldest, older, youngest = (
+        make_request(10, [1, 2], 20),
+        make_request(50, [*PROMPT[10:26], 5]),
+        make_request(100, evicting, 4),
+    )
+    driver.requests += [oldest, older, youngest]
+    scheduler.submit(oldest)
+    scheduler.submit(youngest)
+    driver.step()
+    assert not scheduler.kv.pool.num_free
+    # A lane of a beam search may have its row before there is budget to adopt its prefix.
+    residents, (lane,) = scheduler._life.residents, older.branches
+    residents.hash_blocks(lane, len(lane.token_ids))
+    assert [block.is_on_host for block in scheduler.kv.find(lane)] == [True] * 4
+    residents.enter(lane, 0, 0)
+    residents.prefilling.append(lane)
+    plan = driver.plan()
+    assert youngest.branches[0].num_preemptions == 1
+    written = {host_id for _, host_id in plan.moves.swap_out}
+    assert len(written) == 6
+    assert not written & {host_id for host_id, _ in plan.moves.swap_in}
+    assert new_row_of(plan, lane).num_computed_tokens == 4  # what is left of the prefix
     driver.commit()
     driver.run_dry()
