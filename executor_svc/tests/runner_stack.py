@@ -1,4 +1,4 @@
-"""A ModelRunner driven by hand-made plans: decoded, checked and applied as the service does."""
+"""The CPU's ModelRunner on a model directory, with a pool of NaN, driven by plans."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from typing import Any
 import numpy as np
 
 from blockyard.common import model_dir
-from blockyard.executor.v1 import executor_pb2 as pb
-from executor_svc import plan as plans
-from executor_svc import plan_check
 from executor_svc.model.config import parse_config
 from executor_svc.model_runner import ModelRunner
-from executor_svc.row_state import RowState
-from executor_svc.runner import StepOutputs
-from executor_svc.tests.plans import appends, batch, new_rows
+from executor_svc.tests.plan_driver import PlanDriver
 
 
 def block_bytes_of(path: Path, block_size: int) -> int:
@@ -24,8 +19,8 @@ def block_bytes_of(path: Path, block_size: int) -> int:
     return 4 * block_size * config.kv_elements_per_token
 
 
-class RunnerStack:
-    """One epoch. Physical blocks are handed out from a shuffled list and never come back."""
+class RunnerStack(PlanDriver):
+    """One epoch of a runner of its own."""
 
     def __init__(self, path: Path, *, num_blocks: int = 64, seed: int = 0, **changes: Any) -> None:
         sizes: dict[str, Any] = {
@@ -37,47 +32,7 @@ class RunnerStack:
             **changes,
         }
         block_bytes = block_bytes_of(path, sizes["block_size"])
-        self.runner = ModelRunner.load(path, kv_memory_bytes=num_blocks * block_bytes, **sizes)
-        self.pool = self.runner.pool
+        runner = ModelRunner.load(path, kv_memory_bytes=num_blocks * block_bytes, **sizes)
+        super().__init__(runner, seed)
+        self.pool = runner.pool
         self.pool.device[:] = np.nan
-        self.state = RowState(self.runner.info)
-        self.free = (np.random.default_rng(seed).permutation(num_blocks - 1) + 1).tolist()
-        self.lengths: dict[int, int] = {}
-
-    def run(self, **parts: Any) -> StepOutputs:
-        """One plan from proto parts."""
-        plan = plans.decode(pb.StepPlan(epoch=1, step_id=1, **parts))
-        plan_check.check(plan, self.state, self.runner.info)
-        step = self.state.apply(plan)
-        return self.runner.launch(plan, self.state, step).wait()
-
-    def take(self, num_tokens: int) -> list[int]:
-        """Fresh blocks for so many tokens."""
-        return [self.free.pop() for _ in range(-(-num_tokens // self.runner.info.block_size))]
-
-    def begin(self, row: int, tokens: list[int], chunk: int = 0, **fields: Any) -> StepOutputs:
-        """Begin a row and prefill it, at once or in chunks; the last chunk's outputs."""
-        chunk = chunk or len(tokens)
-        new = new_rows({"row": row, "tokens": tokens, "blocks": self.take(len(tokens)), **fields})
-        outputs = self.run(new_rows=new, batch=batch((row, min(chunk, len(tokens)))))
-        for begin in range(chunk, len(tokens), chunk):
-            outputs = self.run(batch=batch((row, min(chunk, len(tokens) - begin))))
-        self.lengths[row] = len(tokens)
-        return outputs
-
-    def decode(self, *rows: int) -> StepOutputs:
-        """One step of rows, each appending a block when it is full."""
-        block_size = self.runner.info.block_size
-        full = [row for row in rows if self.lengths[row] % block_size == 0]
-        grown = appends(*((row, self.take(1)) for row in full))
-        for row in rows:
-            self.lengths[row] += 1
-        counts = [(row, 1) for row in rows]
-        return self.run(appends=grown, batch=batch(*counts, num_decode_rows=len(rows)))
-
-    def generate(self, row: int, tokens: list[int], count: int, **fields: Any) -> list[int]:
-        """Tokens sampled by one row alone, which is then freed."""
-        sampled = [int(self.begin(row, tokens, **fields).token_ids[0])]
-        sampled += [int(self.decode(row).token_ids[0]) for _ in range(count - 1)]
-        self.run(freed_rows=[row])
-        return sampled
