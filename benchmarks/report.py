@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import pathlib
-import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from blockyard.bench.environment import machine, versions
+
 ROOT: Final = pathlib.Path(__file__).parent.parent
 RESULTS_DIR: Final = ROOT / "benchmarks" / "results"
 LOCAL_DIR: Final = ROOT / "local"
 """Ignored by git: caches of slow references."""
-
-_PACKAGES: Final = (
-    *("blockyard", "grpcio", "protobuf", "numpy", "uvloop", "tokenizers"),
-    *("torch", "transformers", "numba"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,36 +108,6 @@ def _command() -> list[str]:
     if path.is_absolute() and path.is_relative_to(ROOT):
         script = str(path.relative_to(ROOT))
     return [script, *arguments]
-
-
-def machine() -> dict[str, Any]:
-    """CPU model, usable cores, memory and system."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.release()}",
-        "load_average_1_min": os.getloadavg()[0],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that timings depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def _cpu_model() -> str:
-    for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor()
 
 
 def _revision() -> str:

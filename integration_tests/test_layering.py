@@ -69,7 +69,9 @@ def test_common_depends_on_neither_service_nor_device() -> None:
     assert not forbidden("blockyard/common", roots)
 
 
-@pytest.mark.parametrize("folder", ["blockyard/client", "blockyard/cli", "blockyard/launcher"])
+@pytest.mark.parametrize(
+    "folder", ["blockyard/client", "blockyard/cli", "blockyard/launcher", "blockyard/bench"]
+)
 def test_what_users_touch_starts_services_but_does_not_import_them(folder: str) -> None:
     assert not forbidden(folder, {"torch", "transformers", "scheduler_svc", "executor_svc"})
 

@@ -11,6 +11,7 @@ from blockyard.cli.errors import CommandError
 from blockyard.client.errors import BlockyardError
 
 _COMMANDS: Final = {
+    "bench": "Measure a running server with a workload.",
     "chat": "Talk to the model of a running server.",
     "demo": "Serve the default model, ask it one question, and stop.",
     "generate": "Complete a prompt, or a file of them.",

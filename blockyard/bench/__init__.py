@@ -1,0 +1,1 @@
+"""Measuring a running server through the streaming client: `blockyard bench`."""
