@@ -88,6 +88,8 @@ def test_the_small_pool_holds_any_request_but_not_all() -> None:
     by_name = {mode.name: mode.settings for mode in modes(model, found)}
     assert len(by_name) == 8
     block_bytes = 2 * 2 * 3 * 16 * 4 * 16
-    num_blocks = parse_size(by_name["small pool"].kv_memory) / block_bytes
+    kv_memory = by_name["small pool"].kv_memory
+    assert kv_memory is not None
+    num_blocks = parse_size(kv_memory) / block_bytes
     assert num_blocks == int(num_blocks)
     assert -(-1564 // 16) < num_blocks < sum(-(-(n + 64) // 16) for n in (1, 100, 1500))
