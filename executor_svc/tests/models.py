@@ -43,7 +43,9 @@ def parsed(**changes: Any) -> ModelConfig:
     return parse_config(fields)
 
 
-def write_model(path: Path, config: Any, seed: int = 0) -> PreTrainedModel:
+def write_model(
+    path: Path, config: Any, seed: int = 0, matrix_spread: float = 0.2
+) -> PreTrainedModel:
     """Save a random model as a model directory; returns transformers' own instance of it."""
     torch.manual_seed(seed)
     # transformers does not annotate its constructors.
@@ -52,7 +54,7 @@ def write_model(path: Path, config: Any, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Initial biases are 0 and norms 1, which would hide mistakes with them.
-            spread = 0.2 if parameter.dim() == 2 else 0.3
+            spread = matrix_spread if parameter.dim() == 2 else 0.3
             centre = 1.0 if "norm" in name else 0.0
             parameter.normal_(centre, spread)
     model.save_pretrained(path)
