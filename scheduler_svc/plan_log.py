@@ -15,13 +15,13 @@ import secrets
 import struct
 import zlib
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from google.protobuf.message import Message
 
 from blockyard.common.protocol import EXECUTOR_PROTOCOL_VERSION
+from blockyard.common.version import software_version
 from blockyard.engine.v1 import engine_pb2
 from blockyard.engine.v1 import plan_log_pb2 as pb
 from blockyard.executor.v1 import executor_pb2
@@ -66,7 +66,7 @@ class PlanLog:
         """
         assert policy == Policy(policy.preemption, policy.is_caching), "not from settings"
         self._header = pb.LogHeader(
-            software_version=metadata.version("blockyard"),
+            software_version=software_version(),
             executor_protocol_version=EXECUTOR_PROTOCOL_VERSION,
             log_id=secrets.randbits(64),
             policy=pb.LogPolicy(preemption=policy.preemption.value, is_caching=policy.is_caching),

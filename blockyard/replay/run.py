@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
+from blockyard.common.version import software_version
 from blockyard.replay.difference import Difference, Steps
 from blockyard.replay.executor import ExecutorReplay
 from blockyard.replay.scheduler import SchedulerReplay
@@ -74,7 +74,7 @@ class Replay:
     def other_version(self) -> str | None:
         """The software that wrote the log, if it is not this one."""
         version = self._reader.header.software_version
-        return version if version != metadata.version("blockyard") else None
+        return version if version != software_version() else None
 
     def run(self, on_progress: Callable[[int], object]) -> None:
         """Replay until both halves are done.

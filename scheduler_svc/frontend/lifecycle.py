@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import uuid
-from importlib.metadata import version
 from typing import Final
 
 import grpc
@@ -20,6 +19,7 @@ from blockyard.common.listen_address import ListenError, claim
 from blockyard.common.logs import event
 from blockyard.common.model_dir import ModelDir
 from blockyard.common.protocol import ENGINE_PROTOCOL_VERSION
+from blockyard.common.version import software_version
 from blockyard.engine.v1 import engine_pb2
 from scheduler_svc.frontend.api import SERVICE_NAME, GenerateApi
 from scheduler_svc.frontend.config import FrontendSettings
@@ -57,7 +57,7 @@ class Frontend:
             self._tokenizer,
             self._link,
             self._fanout,
-            version=version("blockyard"),
+            version=software_version(),
             max_buffered_tokens=settings.max_buffered_tokens,
         )
         self._server = grpc.aio.server(
