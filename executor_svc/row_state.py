@@ -145,7 +145,7 @@ class RowState:
         """
         flags = self.flags[batch.sampling_rows]
         grows = flags & (pb.ROW_FLAG_HISTORY | pb.ROW_FLAG_DRIVEN) == pb.ROW_FLAG_HISTORY
-        return [(self._logs[int(batch.sampling_rows[i])], int(i)) for i in np.flatnonzero(grows)]
+        return [(self._logs[int(batch.sampling_rows[i])], int(i)) for i in grows.nonzero()[0]]
 
     def _free(self, rows: U32Array) -> None:
         self.is_live[rows] = False
@@ -223,21 +223,23 @@ class RowState:
             counts = plan.num_scheduled_tokens.astype(np.int32)
             num_decode_rows = plan.num_decode_rows
         self.batch_rows = rows
-        computed = self.num_computed_tokens[rows]
+        at = rows.astype(np.intp)  # other types of index are converted at every use
+        computed = self.num_computed_tokens[at]
         ends = computed + counts
-        is_sampling = ends == self.num_tokens[rows]
+        is_sampling = ends == self.num_tokens[at]
         last_tokens = np.cumsum(counts, dtype=np.int32) - 1
         sampling_rows, logits_indices = rows[is_sampling], last_tokens[is_sampling]
-        if plan.new_rows.logits_from.any():
+        if np.count_nonzero(plan.new_rows.logits_from):
             borrowers, borrowed = self._borrow(plan.new_rows, rows, last_tokens)
             sampling_rows = np.concatenate([sampling_rows, borrowers])
             logits_indices = np.concatenate([logits_indices, borrowed])
-        sample_positions = self.num_tokens[sampling_rows]
-        token_ids = self._input_tokens(rows, computed, counts, last_tokens)
-        self.num_computed_tokens[rows] = ends
-        is_driven = self.flags[sampling_rows] & pb.ROW_FLAG_DRIVEN != 0
-        self.num_tokens[sampling_rows] = sample_positions + ~is_driven
-        self.next_input[sampling_rows] = LAST_SAMPLED
+        sampling_at = sampling_rows.astype(np.intp)
+        sample_positions = self.num_tokens[sampling_at]
+        token_ids = self._input_tokens(at, computed, counts, last_tokens)
+        self.num_computed_tokens[at] = ends
+        is_driven = self.flags[sampling_at] & pb.ROW_FLAG_DRIVEN != 0
+        self.num_tokens[sampling_at] = sample_positions + ~is_driven
+        self.next_input[sampling_at] = LAST_SAMPLED
         return StepBatch(
             rows=rows,
             num_scheduled_tokens=counts,
@@ -260,14 +262,18 @@ class RowState:
         return new.rows[is_borrowing].astype(np.int32), last_tokens[sources]
 
     def _input_tokens(
-        self, rows: IntArray, computed: IntArray, counts: IntArray, last_tokens: IntArray
+        self,
+        rows: npt.NDArray[np.intp],
+        computed: IntArray,
+        counts: IntArray,
+        last_tokens: IntArray,
     ) -> IntArray:
         """Flattened input ids [num_tokens] of a batch; logs that are used up are dropped."""
         inputs = self.next_input[rows]
         token_ids: IntArray = inputs
         if rows.size and last_tokens[-1] + 1 != rows.size:
             token_ids = np.repeat(inputs, counts)
-        for index in np.flatnonzero(self.is_pending[rows]).tolist():
+        for index in self.is_pending[rows].nonzero()[0].tolist():
             row, begin, count = int(rows[index]), int(computed[index]), int(counts[index])
             last = int(last_tokens[index])
             token_ids[last + 1 - count : last + 1] = self._logs[row].span(begin, begin + count)
