@@ -4,6 +4,7 @@
     python -m benchmarks.bench_streams    256 streams through the front end; no model
     python -m benchmarks.bench_cpu        the whole system beside transformers, on this CPU
     python -m benchmarks.gpu_kernels      the GPU kernels against their device's memory
+    python -m benchmarks.gpu_session      the whole system on a GPU beside vLLM and transformers
     python -m benchmarks.correctness      greedy output, token for token, against transformers
     python -m benchmarks.beam_equality    beam searches and their scores, against transformers
     python -m benchmarks.simulate_waste   KV held and not used, by policy; simulated, as are:

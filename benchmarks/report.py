@@ -84,10 +84,18 @@ def print_targets(targets: Sequence[Target]) -> bool:
 
 
 def write(name: str, results: Mapping[str, Any], targets: Sequence[Target]) -> pathlib.Path:
-    """Write results/NAME.json, with machine, versions, command and targets; returns its path."""
+    """Write results/NAME.json, as `document` has it; returns its path."""
     RESULTS_DIR.mkdir(exist_ok=True)
     path = RESULTS_DIR / f"{name}.json"
-    document = {
+    text = json.dumps(document(name, results, targets), indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+    print(f"\nwritten: {path.relative_to(ROOT)}", flush=True)
+    return path
+
+
+def document(name: str, results: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Any]:
+    """JSON values: the results with machine, versions, command and targets."""
+    return {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join([pathlib.Path(sys.executable).name, *_command()]),
@@ -97,17 +105,15 @@ def write(name: str, results: Mapping[str, Any], targets: Sequence[Target]) -> p
         "targets": [{**asdict(target), "is_met": target.is_met} for target in targets],
         "results": results,
     }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten: {path.relative_to(ROOT)}", flush=True)
-    return path
 
 
 def _command() -> list[str]:
+    """As it was given, without folders that exist on this machine only."""
     script, *arguments = sys.orig_argv[1:]
     path = pathlib.Path(script)
     if path.is_absolute() and path.is_relative_to(ROOT):
         script = str(path.relative_to(ROOT))
-    return [script, *arguments]
+    return [script, *(pathlib.Path(a).name if a.startswith("/") else a for a in arguments)]
 
 
 def _revision() -> str:

@@ -79,7 +79,9 @@ class Report:
         return {
             "workload": self.workload,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join(
+                Path(word).name if word.startswith("/") else word for word in sys.argv
+            ),
             "machine": machine(),
             "versions": versions(),
             "spec": {**asdict(spec), "trace_path": path and path.name},
