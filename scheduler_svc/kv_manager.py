@@ -96,15 +96,16 @@ class KVManager:
         A host block that the plan being built writes is not there yet.
         """
         found = []
+        find_on_device, find_on_host = self.pool.find, self.host.find
         num_blocks = (len(branch.token_ids) - 1) // self.block_size
         for block_hash in branch.block_hashes[:num_blocks]:
-            if (block_id := self.pool.find(block_hash)) is not None:
-                found.append(CachedBlock(block_id, is_on_host=False))
+            if (block_id := find_on_device(block_hash)) is not None:
+                found.append(CachedBlock(block_id, False))
                 continue
-            host_id = self.host.find(block_hash)
+            host_id = find_on_host(block_hash)
             if host_id is None or host_id in self._written_host_ids:
                 break
-            found.append(CachedBlock(host_id, is_on_host=True))
+            found.append(CachedBlock(host_id, True))
         return found
 
     def num_held(self, found: list[CachedBlock]) -> int:

@@ -6,7 +6,6 @@ import numpy as np
 
 from scheduler_svc.batch import BatchBuilder
 from scheduler_svc.beam_group import BeamGroup
-from scheduler_svc.kv_manager import CachedBlock
 from scheduler_svc.lifecycle import Lifecycle
 from scheduler_svc.policy import needs_reservation, pick_victim
 from scheduler_svc.request import Branch, RequestStatus, TokenIds
@@ -219,9 +218,8 @@ class Planner:
         reserved = self._reserved_tokens(sample)
         num_shared = num_tokens // kv.block_size
         num_blocks = self._life.limits.blocks_for(max(num_tokens, reserved)) - num_shared
-        num_spare = kv.num_unpromised - self._life.limits.watermark_blocks
         must_wait = not self._may_admit or not self._may_join(sample)
-        if must_wait or not rows.num_free or max(1, num_blocks) > num_spare:
+        if must_wait or not rows.num_free or max(1, num_blocks) > self._num_spare:
             self._life.spawn(sample)
             return
         sample.block_hashes = leader.block_hashes.copy()
@@ -243,45 +241,41 @@ class Planner:
             branch = self._life.waiting.peek()
             if branch is None or not self._may_enter(branch):
                 return
+            counts = self._blocks_to_enter(branch)
+            # Alone it fits, or it would not have been queued.
+            if self._residents.running and sum(counts) > self._num_spare:
+                return
             self._life.waiting.pop()
-            if (group := self._life.groups.get(branch.request.key)) is not None:
-                self._enter_group(group)
-            else:
-                found = self._kv.find(branch)
-                num_blocks = self._blocks_to_enter(branch, found)
-                self._residents.enter(branch, num_blocks, _num_candidates(branch))
-                self._residents.prefilling.append(branch)
-            for entered in self._residents.prefilling[-branch.request.width :]:
-                if self._batch.budget and entered.request is branch.request:
-                    self._plan_prefill(entered)
+            self._enter(branch, counts)
 
-    def _enter_group(self, group: BeamGroup) -> None:
-        """Give every lane a row; those that hold a beam prefill it."""
-        counts = group.blocks_to_enter(self._residents, self._group_reservation(group))
-        live = group.live_lanes()
-        for branch, num_blocks in zip(group.lanes, counts, strict=True):
-            self._residents.enter(branch, num_blocks, group.num_candidates)
-            if branch in live:
-                self._residents.prefilling.append(branch)
+    def _enter(self, branch: Branch, counts: list[int]) -> None:
+        """Give the branch, or every lane of its beam search, a row; who holds tokens prefills."""
+        branches, num_candidates = [branch], _num_candidates(branch)
+        live = branches
+        if (group := self._life.groups.get(branch.request.key)) is not None:
+            branches, num_candidates = group.lanes, group.num_candidates
+            live = group.live_lanes()
+        for each, num_blocks in zip(branches, counts, strict=True):
+            self._residents.enter(each, num_blocks, num_candidates)
+        self._residents.prefilling += live
+        for each in live:
+            if self._batch.budget:
+                self._plan_prefill(each)
 
     def _may_enter(self, branch: Branch) -> bool:
-        residents, life = self._residents, self._life
+        """Whether anything but blocks keeps it out."""
         if branch.last_step_id > self._committed_step_id:
             return False  # its tokens under way must be known first
-        if not residents.running:
-            return True  # it fits alone, or it would not have been queued
-        if not self._may_join(branch):
+        if not self._residents.running:
+            return True
+        if self._rows.num_free < branch.request.width or not self._may_join(branch):
             return False
-        if self._rows.num_free < branch.request.width:
-            return False
-        num_spare = self._kv.num_unpromised - life.limits.watermark_blocks
-        if num_spare < 1:
-            return False  # whatever is cached, it needs a block
-        group = life.groups.get(branch.request.key)
-        if group is not None:
-            counts = group.blocks_to_enter(residents, self._group_reservation(group))
-            return sum(counts) <= num_spare
-        return self._blocks_to_enter(branch, self._kv.find(branch)) <= num_spare
+        return self._num_spare > 0  # whatever is cached, it needs a block
+
+    @property
+    def _num_spare(self) -> int:
+        """Blocks that whoever enters may count on, beside others."""
+        return self._kv.num_unpromised - self._life.limits.watermark_blocks
 
     @property
     def _committed_step_id(self) -> int:
@@ -300,12 +294,15 @@ class Planner:
             return False
         return not branch.must_run_alone or all(map(self._residents.has_progressed, running))
 
-    def _blocks_to_enter(self, branch: Branch, found: list[CachedBlock]) -> int:
-        """Free blocks that admission promises: for the tokens known, or for the worst case."""
+    def _blocks_to_enter(self, branch: Branch) -> list[int]:
+        """Free blocks that admission promises each row: for the tokens known, or the worst case."""
+        if (group := self._life.groups.get(branch.request.key)) is not None:
+            return group.blocks_to_enter(self._residents, self._group_reservation(group))
         num_tokens = max(len(branch.token_ids), self._reserved_tokens(branch))
         if needs_reservation(branch):
             num_tokens = max(num_tokens, branch.max_total_tokens - 1)
-        return self._life.limits.blocks_for(num_tokens) - self._kv.num_held(found)
+        num_held = self._kv.num_held(self._kv.find(branch))
+        return [self._life.limits.blocks_for(num_tokens) - num_held]
 
     def _reserved_tokens(self, branch: Branch) -> int:
         """Tokens whose blocks the policy hands out at admission."""

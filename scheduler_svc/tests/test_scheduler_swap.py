@@ -278,7 +278,7 @@ def test_a_host_block_that_a_plan_writes_is_not_read_by_it() -> None:
 
 def test_a_prefix_on_the_host_that_makes_way_for_a_victim_is_not_taken_up() -> None:
     driver = Driver(SWAP, num_device_blocks=9, max_num_batched_tokens=64, num_host_blocks=7)
-    scheduler, evicting = driver.scheduler, PROMPT[:27] + [9]
+    scheduler, evicting = driver.scheduler, [*PROMPT[:27], 9]
     driver.run(PROMPT[10:26])
     driver.run(evicting)
     oldest, older, youngest = (
