@@ -166,8 +166,10 @@ def _print(report: Report) -> None:
     if report.ideal_hit_ratio:
         click.echo(f"prompt tokens that an infinite cache has: {report.ideal_hit_ratio:.2%}")
     click.echo("\n" + table(report.policies))
-    click.echo(f"\nKV waste of one {SHORT_PROMPT_TOKENS}-token prompt alone:")
-    for name, waste in report.short_prompt_waste.items():
+    short_prompts = {name: waste for name, waste in report.short_prompt_waste.items() if waste}
+    if short_prompts:
+        click.echo(f"\nKV waste of one {SHORT_PROMPT_TOKENS}-token prompt alone:")
+    for name, waste in short_prompts.items():
         cases = ", ".join(f"{ratio:.1%} with {n} output tokens" for n, ratio in waste.items())
         click.echo(f"  {name}: {cases}")
 

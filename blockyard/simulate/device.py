@@ -123,7 +123,8 @@ class SimulatedDevice:
             return 0  # it only frees rows
         context_bytes = num_context_tokens * self._profile.kv_bytes_per_token
         swapped_bytes = num_swapped * self._block_bytes
-        return round(self._profile.cost.step_time_ns(plan.num_tokens, context_bytes, swapped_bytes))
+        cost = self._profile.cost
+        return max(1, round(cost.step_time_ns(plan.num_tokens, context_bytes, swapped_bytes)))
 
     def take_result(self) -> StepTokens:
         """The result of the oldest plan, which must have ended."""

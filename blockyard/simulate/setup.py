@@ -13,6 +13,8 @@ from scheduler_svc.policy import Policy, PreemptionMode
 PREEMPTION_NAMES: Final = tuple(mode.value for mode in PreemptionMode)
 
 _VOCAB_SIZE: Final = 128_256
+_MAX_BLOCKS: Final = 1 << 28
+"""More than any device or host has; their books take some 30 bytes a block."""
 
 
 class SetupError(Exception):
@@ -51,10 +53,13 @@ def make_setup(
     """The setup of one of POLICY_NAMES, with one of PREEMPTION_NAMES.
 
     Raises:
-        SetupError: a pool that holds no request, or more rows than a step has tokens.
+        SetupError: a pool that holds no request or is absurdly large, or more rows than a step has
+            tokens.
     """
     if sizes.num_blocks < 1:
         raise SetupError(f"{sizes.num_blocks} blocks hold no request")
+    if (largest := max(sizes.num_blocks, sizes.num_host_blocks)) > _MAX_BLOCKS:
+        raise SetupError(f"{largest:,} blocks in a pool, at most {_MAX_BLOCKS:,}")
     try:
         limits = Limits(
             num_device_blocks=sizes.num_blocks + 1,

@@ -150,9 +150,11 @@ def summarise(outcome: Outcome) -> Summary:
 
 
 def short_prompt_waste(setup: Setup) -> dict[int, float]:
-    """Waste of one request of SHORT_PROMPT_TOKENS alone, by its number of output tokens."""
+    """Waste of one request of SHORT_PROMPT_TOKENS alone, by its output tokens, where it fits."""
     waste = {}
     for num_output_tokens in SHORT_OUTPUT_TOKENS:
+        if SHORT_PROMPT_TOKENS + num_output_tokens > setup.limits.max_total_tokens:
+            break
         lone = Trace(
             "one short request",
             np.zeros(1, np.int64),

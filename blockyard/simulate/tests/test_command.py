@@ -83,6 +83,13 @@ def test_one_policy_of_a_file(run: Run, tmp_path: Path) -> None:
     assert "static" not in out
 
 
+def test_sizes_that_the_short_prompt_does_not_fit(run: Run) -> None:
+    exit_code, out, _ = run("--generate", "azure", "--requests", "300", "--max-model-len", "100")
+    assert exit_code == 0
+    assert "128 output tokens" not in out
+    assert "46.9% with 1 output tokens, 23.5% with 16 output tokens\n" in out
+
+
 def test_conversations_say_what_could_be_cached(run: Run) -> None:
     exit_code, out, _ = run("--generate", "mooncake", "--requests", "30", "--blocks", "100000")
     assert exit_code == 0

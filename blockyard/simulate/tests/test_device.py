@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blockyard.simulate.device import PRESETS, ProfileError, SimulatedDevice, load_profile
+from blockyard.simulate.device import (
+    PRESETS,
+    DeviceProfile,
+    ProfileError,
+    SimulatedDevice,
+    load_profile,
+)
+from scheduler_svc.cost_model import CostModel
 from scheduler_svc.step_plan import Moves, StepPlan
 
 FIELDS = {
@@ -104,3 +111,9 @@ def test_moves_take_time_and_freeing_rows_does_not(tmp_path: Path) -> None:
     gpu.take_result()
     gpu.send(plan(2, num_rows=0, freed_rows=[1]), num_context_tokens=0, now_ns=10**9)
     assert gpu.next_end_ns == 10**9
+
+
+def test_no_step_is_over_at_once() -> None:
+    gpu = SimulatedDevice(DeviceProfile("fast", CostModel(token_ns=0.01), 1), BLOCK_BYTES)
+    gpu.send(plan(1), num_context_tokens=0, now_ns=5)
+    assert gpu.next_end_ns == 6

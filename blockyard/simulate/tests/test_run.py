@@ -24,6 +24,8 @@ from blockyard.simulate.trace import NS_PER_S, Trace, TraceError
 def test_sizes_that_contradict_each_other() -> None:
     with pytest.raises(SetupError, match="0 blocks hold no request"):
         setup(num_blocks=0)
+    with pytest.raises(SetupError, match="3,000,000,000 blocks in a pool"):
+        setup(num_host_blocks=3 * 10**9)
     with pytest.raises(SetupError, match=r"max_num_seqs \(256\)"):
         make_setup("blockyard", Sizes(100, max_num_batched_tokens=100), GPU)
 
