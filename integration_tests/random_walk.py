@@ -27,6 +27,7 @@ from integration_tests.sim_link import SimLink
 from integration_tests.walk_config import (
     random_limits,
     random_policy,
+    random_prices,
     random_weather,
     resized,
 )
@@ -34,7 +35,6 @@ from integration_tests.walk_isolation import Isolation, check_forgotten
 from integration_tests.walk_log import MakeScheduler, run_recorded
 from integration_tests.walk_request import RequestMaker, WalkRequest
 from scheduler_svc import plan_codec
-from scheduler_svc.cost_model import CostModel
 from scheduler_svc.request import Request, RequestStatus
 from scheduler_svc.scheduler import Scheduler
 from scheduler_svc.step_plan import StepOutput
@@ -110,7 +110,7 @@ class Walk:
         self._isolation = Isolation(self._limits)
         self._maker = RequestMaker(rng)
         self._scheduler = make_scheduler(self._limits, random_policy(rng))
-        self._scheduler.set_cost_model(CostModel(1e6, 1e4, 0.0, rng.choice([1e2, 1e8])))
+        self._scheduler.set_cost_model(random_prices(rng))
         self._scheduler.begin_epoch(self._link.epoch, self._limits)
         self._requests: dict[int, WalkRequest] = {}
         self._num_max_steps = 100

@@ -50,10 +50,10 @@ SHAPES: Final = (
     Shape(bugs.table_entry_left_stale, OutputMismatchError),
     Shape(bugs.append_missed_by_executor, OutputMismatchError),
     Shape(bugs.decode_position_off_by_one, OutputMismatchError),
-    Shape(bugs.resent_plan_applied_again, PlanError, "beyond the known tokens"),
+    Shape(bugs.resent_plan_applied_again, PlanError, "beyond the known tokens", first_seed=160),
     Shape(bugs.result_kept_out_of_date, OutputMismatchError),
     # The memory manager's.
-    Shape(memory_bugs.block_named_before_it_is_full, OutputMismatchError, first_seed=15),
+    Shape(memory_bugs.block_named_before_it_is_full, OutputMismatchError, first_seed=80),
     Shape(memory_bugs.uncomputed_block_named, OutputMismatchError, first_seed=15),
     Shape(memory_bugs.hit_includes_the_last_token, StuckError, "for nothing"),
     Shape(memory_bugs.hit_goes_on_behind_a_hole, OutputMismatchError, first_seed=15),

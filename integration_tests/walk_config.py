@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from integration_tests.walk_request import WalkRequest
+from scheduler_svc.cost_model import CostModel
 from scheduler_svc.limits import Limits
 from scheduler_svc.policy import Policy, PreemptionMode
 
@@ -48,6 +49,16 @@ def random_policy(rng: random.Random) -> Policy:
     return Policy(
         preemption=rng.choice(list(PreemptionMode)),
         is_caching=rng.random() < 0.9,
+    )
+
+
+def random_prices(rng: random.Random) -> CostModel:
+    """Swapping is dear, cheap or has no price; reading KV is dear, cheap or free."""
+    return CostModel(
+        step_ns=1e6,
+        token_ns=1e4,
+        kv_bytes_per_s=rng.choice([0.0, 1e4, 1e8]),
+        swap_bytes_per_s=rng.choice([0.0, 1e2, 1e8]),
     )
 
 
