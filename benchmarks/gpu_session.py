@@ -350,7 +350,7 @@ def _flags() -> argparse.Namespace:
     add("--max-num-batched-tokens", type=int, default=8192)
     add("--prefix-cache", action=argparse.BooleanOptionalAction, default=True)
     add("--frontends", type=int, default=2)
-    add("--clients", type=int, default=4)
+    add("--clients", type=int, default=8)
     add("--warm-ups", type=int, default=_NUM_WARM_UPS, help="short requests before each load")
     add("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     flags = parser.parse_args()

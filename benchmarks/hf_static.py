@@ -30,6 +30,7 @@ _PAD_ID: Final = 0
 def _model(name: str) -> Any:
     """Random weights, made on the GPU."""
     fields = config_of(name)
+    del fields["torch_dtype"], fields["architectures"]
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("cuda"):
         model = cast("Any", AutoModelForCausalLM).from_config(config, dtype=torch.bfloat16)
