@@ -123,6 +123,16 @@ class FakeRunner:
         """Constant."""
         return self._info
 
+    @property
+    def device_digests(self) -> U64Array:
+        """What the slots hold [num_device_blocks, block_size], POISON where nothing was written."""
+        return self._device
+
+    @property
+    def host_digests(self) -> U64Array:
+        """The same for the host pool [num_host_blocks, block_size]."""
+        return self._host
+
     def reset(self) -> None:
         """Poison everything: nothing may be read that this epoch did not write."""
         self._device.fill(POISON)

@@ -19,6 +19,7 @@ from cupy_kernels.device import Device
 from cupy_kernels.launch import Launch
 from cupy_kernels.prefill import prefill_items
 from cupy_kernels.sample import Sample, SamplingColumns
+from cupy_kernels.shape import AttentionShape
 from cupy_kernels.staging import ENTRY_INTS, WriteTable
 from executor_svc.backends.cuda.arena import StepArena
 from executor_svc.backends.cuda.backend import CudaBackend
@@ -36,7 +37,7 @@ from executor_svc.backends.cuda.pending import (
 from executor_svc.backends.cuda.streams import new_stream
 from executor_svc.model.llama import LlamaModel
 from executor_svc.row_state import ranges
-from executor_svc.runner import RunnerInfo, StepBatch
+from executor_svc.runner import IntArray, RunnerInfo, StepBatch
 
 if TYPE_CHECKING:
     from executor_svc.plan import Plan
@@ -113,6 +114,22 @@ class CudaRunner:
     def info(self) -> RunnerInfo:
         """See Runner."""
         return self._info
+
+    @property
+    def shape(self) -> AttentionShape:
+        """Heads and the layout of a block."""
+        return self._backend.shape
+
+    def replace_samples(self, rows: IntArray, token_ids: IntArray) -> None:
+        """Let rows [n] go on as if the last step had sampled token_ids [n]; for tests.
+
+        Waits for the device.
+        """
+        self._stream.synchronize()
+        device = self._backend.torch_device
+        tokens = torch.from_numpy(token_ids.astype(np.int32)).to(device)
+        self._backend.last_tokens[torch.from_numpy(rows).long().to(device)] = tokens
+        torch.cuda.synchronize()
 
     def reset(self) -> None:
         """See Runner. Rows hold nothing that a new row could read."""
