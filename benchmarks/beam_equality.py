@@ -28,7 +28,8 @@ from benchmarks import report
 from benchmarks.hf_peer import HfPeer, PeerError, hf_peer
 from benchmarks.hf_reference import noise, references
 from benchmarks.prompts import Prompt, varied_prompts
-from benchmarks.report import LOCAL_DIR, Target, versions
+from benchmarks.report import LOCAL_DIR, Target
+from blockyard.bench.environment import versions
 from blockyard.client import AsyncClient, BlockyardError
 from blockyard.client.request import EarlyStopping
 from blockyard.common import model_dir

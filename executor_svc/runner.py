@@ -44,6 +44,7 @@ class RunnerInfo:
     max_num_batched_tokens: int
     block_bytes: int
     device: str
+    swap_bytes_per_s: float = 0.0  # between the pools, measured at start; 0: not measured
 
 
 @dataclass(frozen=True, slots=True)

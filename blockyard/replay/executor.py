@@ -83,7 +83,8 @@ class ExecutorReplay:
         return None
 
     def _begin_epoch(self, event: log_pb.EpochBegin) -> None:
-        names = (field.name for field in dataclasses.fields(RunnerInfo))
+        known = event.executor.DESCRIPTOR.fields_by_name
+        names = (field.name for field in dataclasses.fields(RunnerInfo) if field.name in known)
         info = RunnerInfo(**{name: getattr(event.executor, name) for name in names})
         self._recorded_on = info.device
         self._epoch, self._next_step_id = event.epoch, 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -89,3 +90,10 @@ def test_empty_batches_say_nothing() -> None:
     plan, batch, _ = step(1, 1)
     samples.add(plan, batch, 0)
     assert samples.fit() == pb.CostModel()
+
+
+def test_a_measured_swap_rate_counts() -> None:
+    samples = StepSamples(dataclasses.replace(INFO, swap_bytes_per_s=5e10))
+    for tokens in [1, 8, 64, 128] * MIN_STEPS:
+        samples.add(*step(tokens, 2 * tokens))
+    assert samples.fit().swap_bytes_per_s == 5e10

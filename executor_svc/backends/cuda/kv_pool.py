@@ -96,6 +96,25 @@ class CudaKvPool:
                 self.host[host_id].copy_(self.blocks[place], non_blocking=True)
             self._is_out_free.record(self._side)
 
+    def measure_swap_rate(self) -> float:
+        """Bytes per second from host to device, the slower way; 0 without a host pool.
+
+        Moves blocks of no meaning through staging; waits for the device.
+        """
+        count = min(self._num_staging, len(self.host))
+        if not count:
+            return 0.0
+        begin, end = new_event(is_timed=True), new_event(is_timed=True)
+        staging = self.blocks[self.num_device_blocks :]
+        with torch.cuda.stream(self._side):
+            for _ in range(2):  # the first round warms up
+                begin.record(self._side)
+                for index in range(count):
+                    staging[index].copy_(self.host[index], non_blocking=True)
+                end.record(self._side)
+        end.synchronize()
+        return float(count * self.blocks.shape[1] / (begin.elapsed_time(end) / 1e3))
+
     def _swap_in(self, launch: Launch, host_ids: list[int]) -> None:
         first = self.num_device_blocks + self._num_staging
         with torch.cuda.stream(self._side):

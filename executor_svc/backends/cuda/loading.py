@@ -128,6 +128,7 @@ class _Loader:
             max_num_batched_tokens=options.max_num_batched_tokens,
             block_bytes=self._shape.block_bytes,
             device=f"{self._device.name} ({options.element})",
+            swap_bytes_per_s=pool.measure_swap_rate(),
         )
         self._stage = "the graphs"
         runner = CudaRunner(info, self._device, model, backend, pool)
