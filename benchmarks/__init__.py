@@ -6,6 +6,7 @@
     python -m benchmarks.gpu_kernels      the GPU kernels against their device's memory
     python -m benchmarks.gpu_session      the whole system on a GPU beside vLLM and transformers
     python -m benchmarks.correctness      greedy output, token for token, against transformers
+    python -m benchmarks.gpu_correctness  perplexity and greedy output on a GPU, near ties judged
     python -m benchmarks.beam_equality    beam searches and their scores, against transformers
     python -m benchmarks.simulate_waste   KV held and not used, by policy; simulated, as are:
     python -m benchmarks.simulate_prefix, simulate_oversubscription, simulate_speed

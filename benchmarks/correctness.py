@@ -35,7 +35,7 @@ NUM_OUTPUT_TOKENS: Final = 64
 MAX_TIED_SHARE: Final = 0.02
 _TIE_FACTOR: Final = 10
 _NUM_THREADS: Final = 2
-_BLOCK_SIZE: Final = 16
+BLOCK_SIZE: Final = 16
 _PROOFS: Final = {
     "small pool": ("preemptions", "num_preemptions"),
     "small pool, swapped": ("blocks moved", "num_swapped_blocks"),
@@ -94,13 +94,11 @@ def modes(model: model_dir.ModelDir, found: Sequence[Reference]) -> list[Mode]:
     """All modes for these requests."""
 
     def settings(**options: object) -> ServeSettings:
-        common = {"model": str(model.path), "listen": "127.0.0.1:0", "block_size": _BLOCK_SIZE}
+        common = {"model": str(model.path), "listen": "127.0.0.1:0", "block_size": BLOCK_SIZE}
         return ServeSettings.model_validate(common | {"num_threads": _NUM_THREADS} | options)
 
     lengths = [len(r.prompt_ids) + len(r.output_ids) for r in found]
-    blocks = [-(-length // _BLOCK_SIZE) for length in lengths]
-    num_blocks = max(max(blocks) + 2, int(_SMALL_POOL_SHARE * sum(blocks)))
-    small_pool = f"{num_blocks * _block_bytes(model)}B"
+    small_pool = small_pool_size(model, lengths, element_bytes=4)
     swapping = {"host_memory": "1GiB", "preemption": "swap"}
     return [
         Mode("one at a time", settings(), is_sequential=True),
@@ -114,21 +112,37 @@ def modes(model: model_dir.ModelDir, found: Sequence[Reference]) -> list[Mode]:
     ]
 
 
-def _block_bytes(model: model_dir.ModelDir) -> int:
-    """Bytes of one block over all layers, keys and values, float32."""
+def small_pool_size(model: model_dir.ModelDir, lengths: Sequence[int], element_bytes: int) -> str:
+    """Memory for any one of the requests and not for all, as settings have it, e.g. 123B.
+
+    Args:
+        model: whose KV it holds.
+        lengths: of each request, prompt and output [tokens].
+        element_bytes: of one key or value.
+    """
+    blocks = [-(-length // BLOCK_SIZE) for length in lengths]
+    num_blocks = max(max(blocks) + 2, int(_SMALL_POOL_SHARE * sum(blocks)))
+    return f"{num_blocks * _block_elements(model) * element_bytes}B"
+
+
+def _block_elements(model: model_dir.ModelDir) -> int:
+    """Of one block over all layers, keys and values."""
     config = model.config
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     num_layers, num_kv_heads = config["num_hidden_layers"], config["num_key_value_heads"]
-    return int(2 * num_layers * num_kv_heads * head_dim * 4 * _BLOCK_SIZE)
+    return int(2 * num_layers * num_kv_heads * head_dim * BLOCK_SIZE)
 
 
 async def complete(
     client: AsyncClient,
     prompt: Prompt,
     num_output_tokens: int = NUM_OUTPUT_TOKENS,
-    on_tokens: Callable[[], None] = lambda: None,
+    on_tokens: Callable[[int], None] = lambda _count: None,
 ) -> Completion:
-    """One greedy answer over the streaming call. Raises BlockyardError."""
+    """One greedy answer over the streaming call; `on_tokens` is told how many came.
+
+    Raises BlockyardError.
+    """
     token_ids: list[int] = []
     text = ""
     async for chunk in client.generate(
@@ -139,7 +153,7 @@ async def complete(
         temperature=0,
         ignore_eos=True,
     ):
-        on_tokens()
+        on_tokens(len(chunk.token_ids))
         token_ids += chunk.token_ids
         text += chunk.text
     assert chunk.usage is not None, "the stream ended without usage"

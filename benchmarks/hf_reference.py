@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from benchmarks.hf_peer import HfPeer
 from benchmarks.prompts import Prompt
-from benchmarks.report import LOCAL_DIR, versions
+from benchmarks.report import LOCAL_DIR
+from blockyard.bench.environment import versions
 
 _GROUP_SIZE: Final = 16
 _LONGEST_IN_GROUP: Final = 300  # tokens
@@ -45,7 +46,7 @@ async def references(
     token_ids = await peer.tokenize(inputs)
     outputs: dict[int, list[int]] = {}
     with tqdm(total=len(prompts), desc="transformers") as progress:
-        for group in _groups(token_ids):
+        for group in groups(token_ids):
             answers = await peer.greedy([token_ids[i] for i in group], num_output_tokens)
             outputs |= zip(group, answers, strict=True)
             progress.update(len(group))
@@ -61,15 +62,15 @@ async def references(
     return found
 
 
-def _groups(token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+def groups(token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
     """Indices in groups of like lengths; a long prompt is a group of its own."""
-    groups: list[list[int]] = []
+    found: list[list[int]] = []
     for index in sorted(range(len(token_ids)), key=lambda i: len(token_ids[i])):
         is_long = len(token_ids[index]) > _LONGEST_IN_GROUP
-        if not groups or is_long or len(groups[-1]) == _GROUP_SIZE:
-            groups.append([])
-        groups[-1].append(index)
-    return groups
+        if not found or is_long or len(found[-1]) == _GROUP_SIZE:
+            found.append([])
+        found[-1].append(index)
+    return found
 
 
 async def noise(peer: HfPeer, found: Sequence[Reference]) -> float:

@@ -1,7 +1,7 @@
 """Hugging Face transformers in a process of its own: `python -m benchmarks.hf_worker DIR THREADS`.
 
-Answers one JSON object per line on stdin with one on stdout; hf_peer.py is the other end. Float32,
-transformers' default attention, greedy, batches padded on the left.
+Answers one JSON object per line on stdin with one on stdout; hf_peer.py is the other end. Float32
+on the CPU, transformers' default attention, greedy, batches padded on the left.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ Sequences = list[list[int]]
 class Worker:
     """A loaded model and the calls on it; each returns what goes back as JSON."""
 
-    def __init__(self, model_dir: str) -> None:
+    def __init__(
+        self, model_dir: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> None:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
         self._model = cast("Any", model)
-        self._model.eval()
+        self._model.eval().to(device)
+        self._device = device
         eos = self._model.generation_config.eos_token_id
         self._pad_token_id: Final[int] = eos[0] if isinstance(eos, list) else eos
 
@@ -82,7 +85,7 @@ class Worker:
         for ids, proposed in zip(
             token_ids, self._continue(token_ids, num_output_tokens), strict=True
         ):
-            logits = self._logits([ids + proposed], num_output_tokens + 1)[0, :-1]
+            logits = self.logits([ids + proposed], num_output_tokens + 1)[0, :-1]
             best = logits.argmax(-1).tolist()
             pairs = enumerate(zip(proposed, best, strict=True))
             first = next((index for index, (ours, alone) in pairs if ours != alone), None)
@@ -120,7 +123,7 @@ class Worker:
 
     def next_logits(self, token_ids: list[int], candidates: list[int]) -> Answer:
         """Logits of `candidates` as the token after `token_ids`, at batch 1."""
-        logits = self._logits([token_ids], 1)[0, -1]
+        logits = self.logits([token_ids], 1)[0, -1]
         return {"logits": logits[candidates].tolist()}
 
     def batch_noise(self, token_ids: Sequences, num_positions: int) -> Answer:
@@ -128,14 +131,14 @@ class Worker:
 
         Compared at the last `num_positions` positions of each sequence.
         """
-        together = self._logits(token_ids, num_positions)
+        together = self.logits(token_ids, num_positions)
         largest = 0.0
         for row, ids in zip(together, token_ids, strict=True):
-            alone = self._logits([ids], num_positions)[0]
+            alone = self.logits([ids], num_positions)[0]
             largest = max(largest, float((row - alone).abs().max()))
         return {"largest_difference": largest, "batch_size": len(token_ids)}
 
-    def _logits(self, token_ids: Sequences, num_positions: int) -> torch.Tensor:
+    def logits(self, token_ids: Sequences, num_positions: int) -> torch.Tensor:
         """Logits [batch, num_positions, vocab_size] at the end of each sequence."""
         batch, mask = self._padded(token_ids)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -153,7 +156,14 @@ class Worker:
         for row, ids in enumerate(token_ids):
             batch[row, longest - len(ids) :] = torch.tensor(ids)
             mask[row, longest - len(ids) :] = 1
-        return batch, mask
+        return batch.to(self._device), mask.to(self._device)
+
+
+def silence_transformers() -> None:
+    """No warnings and no progress bars of its own."""
+    library_log = cast("Any", transformers_logging)
+    library_log.set_verbosity_error()
+    library_log.disable_progress_bar()
 
 
 def main() -> None:
@@ -163,9 +173,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     torch.set_num_threads(num_threads)
-    library_log = cast("Any", transformers_logging)
-    library_log.set_verbosity_error()
-    library_log.disable_progress_bar()
+    silence_transformers()
     worker = Worker(model_dir)
     calls: dict[str, Callable[..., Answer]] = {
         call.__name__: call

@@ -61,7 +61,7 @@ class Killer:
         self._has_tokens = asyncio.Event()
         self.done = Disturbance()
 
-    def on_tokens(self) -> None:
+    def on_tokens(self, _count: int) -> None:
         """Some stream got tokens."""
         self._has_tokens.set()
 

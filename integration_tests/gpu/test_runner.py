@@ -150,6 +150,15 @@ def test_another_text_would_be_noticed(driver: PlanDriver, oracle: Oracle) -> No
         check(outputs, [oracle.last(another)])
 
 
+def test_every_token_of_a_step_is_scored(
+    driver: PlanDriver, runner: CudaRunner, oracle: Oracle
+) -> None:
+    driver.begin(3, OTHER)  # more tokens than the head takes rows
+    scores = runner.score(len(OTHER)).cpu().numpy()
+    for score, truth in zip(scores, oracle.truths(OTHER), strict=True):
+        np.testing.assert_allclose(score, truth.logprobs, atol=truth.tolerance)
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8, 9, 24])
 def test_decode_steps_of_every_graph(driver: PlanDriver, oracle: Oracle, num_rows: int) -> None:
     texts = [RNG.integers(0, VOCAB, 20 + 7 * row).tolist() for row in range(num_rows)]

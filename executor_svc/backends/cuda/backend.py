@@ -88,7 +88,7 @@ class CudaBackend:
         angles = torch.from_numpy(config.rope.angles(sizes.max_model_len))
         self._angles = angles.to(self.torch_device)
         self._residual = self._elements(sizes.max_tokens, config.hidden_size)
-        self._normed = self._elements(sizes.max_tokens, config.hidden_size)
+        self.normed = self._elements(sizes.max_tokens, config.hidden_size)
         self._activated = self._elements(sizes.max_tokens, config.intermediate_size)
         self._attended = self._elements(sizes.max_tokens, shape.num_heads * shape.head_dim)
         self.block_table = self._ints(sizes.max_rows, sizes.max_blocks_per_row)
@@ -185,7 +185,7 @@ class CudaBackend:
         return self._norm(residual, delta, weight)
 
     def _norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
-        out = self._normed[: self._num_tokens]
+        out = self.normed[: self._num_tokens]
         launch = self._packed(
             (weight.data_ptr(), residual.data_ptr(), delta is not None and delta.data_ptr()),
             lambda: self._add_rms_norm.pack(residual=residual, delta=delta, weight=weight, out=out),

@@ -186,6 +186,34 @@ class CudaRunner:
         before, self._before = self._before, slot
         return LaunchedStep(slot, batch.sampling_rows, before, ranked)
 
+    @torch.inference_mode()
+    def score(self, num_tokens: int) -> Tensor:
+        """What the model says after each token of the last step launched, for evaluation.
+
+        The device's current stream waits for it, the caller does not.
+
+        Args:
+            num_tokens: of that step; at least 1.
+
+        Returns:
+            Log-probabilities [num_tokens, vocab_size] float32, on the device.
+
+        Raises FatalDeviceError.
+        """
+        backend, vocab_size = self._backend, self._info.vocab_size
+        with device_errors():
+            current = torch.cuda.current_stream(backend.torch_device)
+            scores = torch.empty(num_tokens, vocab_size, device=backend.torch_device)
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for begin in range(0, num_tokens, self._info.max_rows):
+                    end = min(begin + self._info.max_rows, num_tokens)
+                    # The next piece's logits overwrite these.
+                    logits = self._model.logits(backend.normed[begin:end])
+                    scores[begin:end] = logits.float().log_softmax(-1)
+            current.wait_stream(self._stream)
+        return scores
+
     def _decode(self, num_rows: int) -> None:
         """A step of rows of one token each, from the arena's first tokens to logits."""
         backend, model = self._backend, self._model
