@@ -18,26 +18,33 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Final
 
 import uvloop
 
-from benchmarks import gpu_figures, report
+from benchmarks import report
 from benchmarks.dummy_models import SHAPES, write_model
 from benchmarks.engine_watch import watch
-from benchmarks.gpu_stages import HF_SECONDS, STAGES, Load, UnknownNameError, chosen, loads_of
-from benchmarks.report import Target
+from benchmarks.gpu_record import FIRST_MODEL, Json, OutOfTimeError, Session
+from benchmarks.gpu_stages import (
+    HF_SECONDS,
+    OVERSUBSCRIBED,
+    SMALL_POOLS,
+    STAGES,
+    Load,
+    UnknownNameError,
+    chosen,
+    loads_of,
+)
 from blockyard.bench.report import Options, measure
 from blockyard.bench.summary import Summary
 from blockyard.launcher.child import ServeError
 from blockyard.launcher.config import ServeSettings
 from blockyard.launcher.server import LocalServer
 
-_FIRST_MODEL: Final = next(iter(SHAPES))
 _NUM_WARM_UPS: Final = 64
 _START_LIMIT_S: Final = 180.0
 _STOP_LIMIT_S: Final = 15.0
@@ -45,137 +52,6 @@ _CEILINGS_SECONDS: Final = 45.0
 _START_SECONDS: Final = 20.0
 _MAX_SLOWNESS: Final = 4.0
 """A load is cut off after so many times what it should take."""
-
-Json = dict[str, Any]
-
-
-class OutOfTimeError(Exception):
-    """The budget has no room for it."""
-
-
-class Session:
-    """What was measured so far, and how much time is left."""
-
-    def __init__(self, flags: argparse.Namespace) -> None:
-        self.flags = flags
-        self.out: Path = flags.out
-        self._end_s = time.monotonic() + 60 * flags.minutes
-        self._records: list[Json] = []
-        self.out.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def left_s(self) -> float:
-        """Of the budget."""
-        left_s: float = self._end_s - time.monotonic()
-        return left_s
-
-    @property
-    def num_failed(self) -> int:
-        """Things that failed or had no time."""
-        return sum("error" in record for record in self._records)
-
-    async def attempt(
-        self, stage: str, name: str, seconds: float, work: Callable[[], Awaitable[Json]]
-    ) -> bool:
-        """Do one thing, if there is time for it, and record what came out; whether it succeeded.
-
-        This is where the session survives: whatever is raised is recorded.
-        """
-        start_s = time.monotonic()
-        record: Json = {"stage": stage, "name": name}
-        try:
-            if self.left_s < seconds:
-                raise OutOfTimeError(f"needs {seconds:.0f} s, {max(0.0, self.left_s):.0f} s left")
-            record |= await work()
-        except Exception as error:  # noqa: BLE001 - the edge of one measurement
-            record["error"] = f"{type(error).__name__}: {error}"
-        record["took_s"] = round(time.monotonic() - start_s, 2)
-        self._add(record)
-        return "error" not in record
-
-    def _add(self, record: Json) -> None:
-        self._records.append(record)
-        with (self.out / "measured.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        title = f"[{self.left_s:5.0f} s left] {record['stage']} {record['name']}: "
-        print(title + _in_short(record), flush=True)
-        self.write()
-
-    def write(self) -> None:
-        """Write gpu_session.json, whole or not at all."""
-        document = report.document("gpu_session", self.results(), self.targets())
-        path = self.out / "gpu_session.json"
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        fresh.replace(path)
-
-    def results(self) -> Json:
-        """Records, comparisons with vLLM, and the ratio to transformers."""
-        return {
-            "records": self._records,
-            "comparisons": [asdict(comparison) for comparison in self.comparisons()],
-            "speed_over_transformers": self._hf_ratio(),
-        }
-
-    def comparisons(self) -> list[gpu_figures.Comparison]:
-        """Every figure that vLLM has too, of loads in which nothing failed."""
-        return [
-            comparison
-            for record in self._records
-            if "error" not in record
-            for comparison in gpu_figures.compare(record["stage"], record["name"], record)
-        ]
-
-    def targets(self) -> list[Target]:
-        """Those that this session can tell of."""
-        found = gpu_figures.targets(self.comparisons())
-        for stage, limit_s in (
-            (_FIRST_MODEL, gpu_figures.MAX_START_S),
-            ("restart", gpu_figures.MAX_WARM_START_S),
-        ):
-            if (record := self._find(stage, "start")) is not None:
-                found.append(Target(f"{stage} start", record["ready_s"], "<=", limit_s, "s"))
-        if (record := self._find(_FIRST_MODEL, "W1")) is not None:
-            waste = record["server"]["kv_waste"]
-            if waste is not None:
-                found.append(Target("KV waste on W1", 100 * waste, "<=", 1.0, "%"))
-        return found
-
-    def _hf_ratio(self) -> float | None:
-        ours, theirs = self._find(_FIRST_MODEL, "W1"), self._find("hf", "static batch")
-        if ours is None or theirs is None:
-            return None
-        return float(ours["load"]["requests_per_s"] / theirs["requests_per_s"])
-
-    def _find(self, stage: str, name: str) -> Json | None:
-        for record in self._records:
-            if (record["stage"], record["name"]) == (stage, name) and "error" not in record:
-                return record
-        return None
-
-
-def _in_short(record: Json) -> str:
-    """One line about a record."""
-    if "error" in record:
-        return f"FAILED after {record['took_s']:.0f} s: {record['error'][:600]}"
-    if "load" not in record:
-        return json.dumps({k: v for k, v in record.items() if k not in ("stage", "name")})[:600]
-    load = record["load"]
-    parts = [
-        f"{load['requests_per_s']:.2f} req/s",
-        f"{load['output_tokens_per_s']:.0f} output tok/s",
-    ]
-    if record["steps"]:
-        steps = record["steps"]
-        parts.append(f"step {steps['tpot_ms']:.2f} ms")
-        parts.append(f"prefill {steps['prefill_tokens_per_s']:.0f} tok/s")
-    for what in ("ttft", "tpot"):
-        found = load[f"{what}_ms"]
-        if found:
-            shown = " / ".join(f"{found[p]:.1f}" for p in ("p50", "p90", "p99"))
-            parts.append(f"{what.upper()} {shown} ms")
-    return ", ".join(parts)
-
 
 # ---- stages
 
@@ -189,12 +65,20 @@ async def run_session(session: Session) -> None:
             elif stage == "hf":
                 await session.attempt(stage, "static batch", HF_SECONDS, _hf(session))
             elif stage == "restart":
-                await _serve(session, stage, _FIRST_MODEL, Path(folder), [])
+                await _serve(session, stage, FIRST_MODEL, Path(folder), [])
+            elif stage == "swap":
+                await _swap(session, Path(folder))
             else:
                 loads = loads_of(stage, session.flags.trace)
                 names = chosen_loads(session.flags.workloads, loads)
                 wanted = [load for load in loads if load.name in names]
                 await _serve(session, stage, stage, Path(folder), wanted)
+
+
+async def _swap(session: Session, folder: Path) -> None:
+    for mode in ("recompute", "swap", "auto"):
+        changes = SMALL_POOLS | {"preemption": mode}
+        await _serve(session, f"swap {mode}", FIRST_MODEL, folder, [OVERSUBSCRIBED], changes)
 
 
 def chosen_loads(names: str | None, loads: list[Load]) -> list[str]:
@@ -203,9 +87,11 @@ def chosen_loads(names: str | None, loads: list[Load]) -> list[str]:
     return [load.name for load in loads if wanted is None or load.name in wanted]
 
 
-def _settings(session: Session, model_path: Path) -> ServeSettings:
+def _settings(
+    session: Session, stage: str, model_path: Path, changes: Mapping[str, str]
+) -> ServeSettings:
     flags = session.flags
-    return ServeSettings(
+    settings = ServeSettings(
         model=str(model_path),
         listen="127.0.0.1:0",
         device=flags.device,
@@ -216,19 +102,28 @@ def _settings(session: Session, model_path: Path) -> ServeSettings:
         prefix_cache=flags.prefix_cache,
         frontends=flags.frontends,
         log_level=flags.log_level,
+        plan_log=flags.plan_logs and flags.plan_logs / f"{stage}.plans",
     )
+    return settings.model_copy(update=dict(changes))
 
 
-async def _serve(session: Session, stage: str, model: str, folder: Path, loads: list[Load]) -> None:
-    """Start a server, send the loads, end the server."""
+async def _serve(
+    session: Session,
+    stage: str,
+    model: str,
+    folder: Path,
+    loads: list[Load],
+    changes: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Start a server with changed settings, send the loads, end the server."""
     model_path = session.flags.model_dir or write_model(folder, model)
-    with (session.out / f"server-{stage}.log").open("w", encoding="utf-8") as log:
+    with (session.out / f"server-{stage.replace(' ', '-')}.log").open("w", encoding="utf-8") as log:
 
         def keep(name: str, line: str) -> None:
             log.write(f"{name:10} | {line}\n")
             log.flush()
 
-        server = LocalServer(_settings(session, model_path), keep)
+        server = LocalServer(_settings(session, stage, model_path, changes), keep)
         try:
             if not await session.attempt(stage, "start", _START_SECONDS, _start(session, server)):
                 return
@@ -303,7 +198,7 @@ def _ceilings(session: Session) -> Callable[[], Awaitable[Json]]:
 def _hf(session: Session) -> Callable[[], Awaitable[Json]]:
     async def work() -> Json:
         trace = [str(session.flags.trace)] if session.flags.trace else []
-        return await _json_of(session, "benchmarks.hf_static", _FIRST_MODEL, *trace)
+        return await _json_of(session, "benchmarks.hf_static", FIRST_MODEL, *trace)
 
     return work
 
@@ -352,6 +247,7 @@ def _flags() -> argparse.Namespace:
     add("--frontends", type=int, default=2)
     add("--clients", type=int, default=8)
     add("--warm-ups", type=int, default=_NUM_WARM_UPS, help="short requests before each load")
+    add("--plan-logs", type=Path, help="folder where each stage logs its plans; see step_log")
     add("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     flags = parser.parse_args()
     try:

@@ -10,9 +10,10 @@ from typing import Final
 from benchmarks.dummy_models import SHAPES
 from blockyard.bench.workload import WorkloadSpec
 
-STAGES: Final = ("ceilings", *SHAPES, "restart", "hf")
+STAGES: Final = ("ceilings", *SHAPES, "restart", "swap", "hf")
 """A model's name: its loads on one server. restart: how soon the first model is ready with a warm
-kernel cache. hf: transformers on the first model."""
+kernel cache. swap: twice as many requests as memory, once for each way to preempt. hf: transformers
+on the first model."""
 
 HF_SECONDS: Final = 90.0
 
@@ -28,6 +29,12 @@ class Load:
     name: str
     spec: WorkloadSpec
     seconds: float
+
+
+OVERSUBSCRIBED: Final = Load("W2 of 160", WorkloadSpec("W2", num_requests=160), 30)
+"""640 tokens each, 12.5 GiB of llama-8b's KV in all."""
+SMALL_POOLS: Final = {"kv_memory": "6400MiB", "host_memory": "8GiB"}
+"""Half of that, and room for what gives way."""
 
 
 def _steps(batches: Sequence[int], ms_per_step: float) -> list[Load]:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import gpu_figures, gpu_session
 from benchmarks.engine_watch import ServerLoad
-from benchmarks.gpu_session import Session
+from benchmarks.gpu_record import Session
 from benchmarks.gpu_stages import STAGES, UnknownNameError, chosen, loads_of
 from blockyard.bench.workload import make_workload
 from blockyard.engine.v1 import engine_pb2 as pb
