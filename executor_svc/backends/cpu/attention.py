@@ -10,6 +10,8 @@ and value that is read. `shape` is (heads, kv_heads, head_dim, tiles per block, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 from numba import prange
@@ -39,6 +41,31 @@ IndexArray = npt.NDArray[np.int64]
 IntArray = npt.NDArray[np.int32]
 
 
+class Scratch(NamedTuple):
+    """What one thread works in, for up to max_queries queries of one KV head; all arrays flat."""
+
+    queries: FloatArray  # [max_queries, dim]
+    scores: FloatArray  # [max_queries, SPAN], then weights
+    sums: FloatArray  # [max_queries, dim]
+    maxima: FloatArray  # [max_queries]
+    totals: FloatArray  # [max_queries, TILE]
+    tiles: IndexArray  # [SPAN_TILES], the span at hand
+    upcoming: IndexArray  # [SPAN_TILES], the span whose keys are prefetched meanwhile
+
+
+@inlined
+def _new_scratch(max_queries: int, dim: int) -> Scratch:
+    return Scratch(
+        np.empty(max_queries * dim, np.float32),
+        np.empty(max_queries * SPAN, np.float32),
+        np.empty(max_queries * dim, np.float32),
+        np.empty(max_queries, np.float32),
+        np.empty(max_queries * TILE, np.float32),
+        np.empty(SPAN_TILES, np.int64),
+        np.empty(SPAN_TILES, np.int64),
+    )
+
+
 @inlined
 def _gather_queries(
     qkv: FloatArray, item: IndexArray, kv_head: int, shape: IndexArray, queries: FloatArray
@@ -56,33 +83,59 @@ def _gather_queries(
 
 
 @inlined
-def _attend_item(
+def _locate(
+    block_table: IntArray,
+    items: IndexArray,
+    unit: int,
+    begin: int,
+    layer: int,
+    shape: IndexArray,
+    tiles: IndexArray,
+) -> None:
+    """Fill in the addresses of a unit's tiles from context token `begin` on."""
+    num_kv_heads = shape[1]
+    item, kv_head = items[unit // num_kv_heads], unit % num_kv_heads
+    head_offset = (layer * num_kv_heads + kv_head) * shape[3] * 2 * TILE * shape[2]
+    num_tokens = min(SPAN, item[END] - begin)
+    locate_span(block_table[item[ROW]], begin, num_tokens, head_offset, shape, tiles)
+
+
+@inlined
+def _attend_unit(
     pool: FloatArray,
-    table: IntArray,
-    item: IndexArray,
-    head_offset: int,
+    block_table: IntArray,
+    items: IndexArray,
+    unit: int,
+    last_unit: int,
+    layer: int,
     shape: IndexArray,
     num_queries: int,
-    queries: FloatArray,
-    scores: FloatArray,
-    sums: FloatArray,
-    maxima: FloatArray,
-    totals: FloatArray,
+    scratch: Scratch,
 ) -> None:
-    """Weighted value sums [num_queries, dim]; maxima and totals as in tiles.soften."""
-    dim, group = shape[2], shape[0] // shape[1]
+    """Sums of weighted values, maxima and totals as in tiles.soften.
+
+    Takes the addresses of its first span from `upcoming` and leaves there those of the next
+    unit's. After the thread's last unit it leaves its own: they are in the cache already.
+    """
+    item, dim, group = items[unit // shape[1]], shape[2], shape[0] // shape[1]
+    scores, sums, maxima, totals = scratch.scores, scratch.sums, scratch.maxima, scratch.totals
+    tiles, upcoming = scratch.tiles, scratch.upcoming
     sums[: num_queries * dim] = 0
     maxima[:num_queries] = -np.inf
     totals[: num_queries * TILE] = 0
-    tiles = np.empty(SPAN_TILES, np.int64)
     for begin in range(item[BEGIN], item[END], SPAN):
         num_tokens = min(SPAN, item[END] - begin)
-        locate_span(table, begin, num_tokens, head_offset, shape, tiles)
-        score_span(pool, tiles, queries, num_queries, dim, scores)
+        tiles[:] = upcoming
+        if begin + SPAN < item[END]:
+            _locate(block_table, items, unit, begin + SPAN, layer, shape, upcoming)
+        elif unit < last_unit:
+            first = items[(unit + 1) // shape[1]][BEGIN]
+            _locate(block_table, items, unit + 1, first, layer, shape, upcoming)
+        score_span(pool, tiles, scratch.queries, num_queries, dim, scores)
         for j in range(num_queries):
             visible = min(item[POSITION] + j // group + 1 - begin, num_tokens)
             soften(scores, j, visible, num_tokens, dim, maxima, totals, sums)
-        weigh_span(pool, tiles, num_tokens, scores, num_queries, dim, sums)
+        weigh_span(pool, tiles, upcoming, num_tokens, scores, num_queries, dim, sums)
 
 
 @inlined
@@ -91,20 +144,19 @@ def _emit(
     kv_head: int,
     shape: IndexArray,
     num_queries: int,
-    sums: FloatArray,
-    maxima: FloatArray,
-    totals: FloatArray,
+    scratch: Scratch,
     out: FloatArray,
     partials: FloatArray,
 ) -> None:
+    sums, maxima, totals = scratch.sums, scratch.maxima, scratch.totals
     num_heads, num_kv_heads, dim = shape[0], shape[1], shape[2]
     group = num_heads // num_kv_heads
     for j in range(num_queries):
         head = kv_head * group + j % group
         if item[PARTIAL] >= 0:
             target = (item[PARTIAL] * num_heads + head) * (dim + 2)
-            for d in range(dim):
-                partials[target + d] = sums[j * dim + d]
+            for offset in range(0, dim, TILE):
+                store(partials, target + offset, load(sums, j * dim + offset))
             partials[target + dim] = maxima[j]
             partials[target + dim + 1] = sum_lanes(load(totals, j * TILE))
         else:
@@ -169,30 +221,15 @@ def attend(
         partials: [num_partials * heads * (head_dim + 2)], scratch for the parts.
     """
     for thread in prange(begins.size - 1):
-        num_kv_heads, dim = shape[1], shape[2]
-        queries = np.empty(max_queries * dim, np.float32)
-        scores = np.empty(max_queries * SPAN, np.float32)
-        sums = np.empty(max_queries * dim, np.float32)
-        maxima = np.empty(max_queries, np.float32)
-        totals = np.empty(max_queries * TILE, np.float32)
-        for unit in range(begins[thread], begins[thread + 1]):
-            item = items[unit // num_kv_heads]
-            kv_head = unit % num_kv_heads
-            head_offset = (layer * num_kv_heads + kv_head) * shape[3] * 2 * TILE * dim
-            num_queries = _gather_queries(qkv, item, kv_head, shape, queries)
-            table = block_table[item[ROW]]
-            _attend_item(
-                pool,
-                table,
-                item,
-                head_offset,
-                shape,
-                num_queries,
-                queries,
-                scores,
-                sums,
-                maxima,
-                totals,
-            )
-            _emit(item, kv_head, shape, num_queries, sums, maxima, totals, out, partials)
+        num_kv_heads = shape[1]
+        scratch = _new_scratch(max_queries, shape[2])
+        first_unit, last_unit = begins[thread], begins[thread + 1] - 1
+        if first_unit <= last_unit:
+            begin = items[first_unit // num_kv_heads][BEGIN]
+            _locate(block_table, items, first_unit, begin, layer, shape, scratch.upcoming)
+        for unit in range(first_unit, last_unit + 1):
+            item, kv_head = items[unit // num_kv_heads], unit % num_kv_heads
+            count = _gather_queries(qkv, item, kv_head, shape, scratch.queries)
+            _attend_unit(pool, block_table, items, unit, last_unit, layer, shape, count, scratch)
+            _emit(item, kv_head, shape, count, scratch, out, partials)
     _merge(merges, partials, shape, out)

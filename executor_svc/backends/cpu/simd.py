@@ -184,6 +184,18 @@ def _any_above(_typing: Any, _a: Any, _b: Any) -> Any:
     return types.boolean(_VECTOR, _VECTOR), generate
 
 
+def _prefetch(_typing: Any, array: Any, _offset: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _address(context, builder, signature.args[0], args[0], args[1])
+        function_type = ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32])
+        function = _declare(builder.module, function_type, "llvm.prefetch.p0")
+        for_reading, into_second_level, data = (ir.Constant(_I32, n) for n in (0, 2, 1))
+        builder.call(function, [address, for_reading, into_second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
 load = cast(Callable[[FloatArray, int], Vector], intrinsic(_load))
 """load(array, offset): 16 elements of a contiguous float32 array."""
 store = cast(Callable[[FloatArray, int, Vector], None], intrinsic(_store))
@@ -208,6 +220,9 @@ max_lanes = cast(Callable[[Vector], np.float32], intrinsic(_reduce(_max_pair)))
 """max_lanes(x): the largest lane."""
 any_above = cast(Callable[[Vector, Vector], bool], intrinsic(_any_above))
 """any_above(a, b): whether a > b in any lane; NaN is above nothing."""
+
+prefetch = cast(Callable[[FloatArray, int], None], intrinsic(_prefetch))
+"""prefetch(array, offset): have the element's cache line brought into the second-level cache."""
 
 
 @inlined

@@ -6,7 +6,10 @@ Blocks lie anywhere in the pool, so a tile is a short run of memory in an unfore
 over before its address is translated and the hardware has learned to read ahead. Tiles read one
 after the other come at a quarter of the bandwidth of a plain read, however early software
 prefetches their lines. Therefore all tiles of a span are read in lock step, a line of each in
-turn: the delays overlap, and the hardware reads ahead in eight places at once.
+turn: the delays overlap, and the hardware reads ahead in eight places at once. Between the two
+passes of a span nothing would be read, so with each line one of the next pass is prefetched: of
+the values while keys are read, of the next span's keys while values are. Only a span's first
+queries do so; the others find everything in the cache.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from executor_svc.backends.cpu.simd import (
     max_lanes,
     maximum,
     mul,
+    prefetch,
     splat,
     store,
     zero,
@@ -45,15 +49,6 @@ SPAN = SPAN_TILES * TILE
 
 
 @inlined
-def _tile_address(table: IntArray, tile: int, head_offset: int, shape: IndexArray) -> int:
-    """Where the keys of a tile begin; its values follow."""
-    tiles_per_block = int(shape[3])
-    block = int(table[tile // tiles_per_block])
-    within = tile % tiles_per_block * 2 * TILE * int(shape[2])
-    return block * int(shape[4]) + head_offset + within
-
-
-@inlined
 def locate_span(
     table: IntArray,
     begin: int,
@@ -67,9 +62,15 @@ def locate_span(
     Where num_tokens fill fewer tiles the last one is repeated, so that it can be read in lock
     step all the same.
     """
+    tiles_per_block, tile_elements = shape[3], 2 * TILE * shape[2]
+    block, within = divmod(begin // TILE, tiles_per_block)
     last = (num_tokens - 1) // TILE
     for i in range(SPAN_TILES):
-        tiles[i] = _tile_address(table, begin // TILE + min(i, last), head_offset, shape)
+        tiles[i] = table[block] * shape[4] + head_offset + within * tile_elements
+        if i < last:
+            within += 1
+            if within == tiles_per_block:
+                block, within = block + 1, 0
 
 
 @inlined
@@ -91,17 +92,33 @@ def _store_four(array: FloatArray, at: int, v0: Vector, v1: Vector, v2: Vector, 
 
 
 @inlined
+def _prefetch_four(pool: FloatArray, at: int) -> None:
+    for offset in range(0, 4 * TILE, TILE):
+        prefetch(pool, at + offset)
+
+
+@inlined
+def _prefetch_eight(pool: FloatArray, tiles: IndexArray, offset: int) -> None:
+    """One line of each tile."""
+    for i in range(SPAN_TILES):
+        prefetch(pool, tiles[i] + offset)
+
+
+@inlined
 def _score_three(
     pool: FloatArray, tiles: IndexArray, queries: FloatArray, j: int, dim: int, scores: FloatArray
 ) -> None:
     """Scores of the queries j, j + 1 and j + 2, to their places."""
     q, at = j * dim, j * SPAN
+    values = dim * TILE
     k0, k1, k2, k3 = tiles[0], tiles[1], tiles[2], tiles[3]
     k4, k5, k6, k7 = tiles[4], tiles[5], tiles[6], tiles[7]
     a0, a1, a2, a3, a4, a5, a6, a7 = _zeros()
     b0, b1, b2, b3, b4, b5, b6, b7 = _zeros()
     c0, c1, c2, c3, c4, c5, c6, c7 = _zeros()
     for d in range(dim):
+        if j == 0:
+            _prefetch_eight(pool, tiles, values + d * TILE)
         a = load_splat(queries, q + d)
         b = load_splat(queries, q + dim + d)
         c = load_splat(queries, q + 2 * dim + d)
@@ -134,10 +151,13 @@ def _score_one(
     pool: FloatArray, tiles: IndexArray, queries: FloatArray, j: int, dim: int, scores: FloatArray
 ) -> None:
     q, at = j * dim, j * SPAN
+    values = dim * TILE
     k0, k1, k2, k3 = tiles[0], tiles[1], tiles[2], tiles[3]
     k4, k5, k6, k7 = tiles[4], tiles[5], tiles[6], tiles[7]
     a0, a1, a2, a3, a4, a5, a6, a7 = _zeros()
     for d in range(dim):
+        if j == 0:
+            _prefetch_eight(pool, tiles, values + d * TILE)
         a = load_splat(queries, q + d)
         a0 = fma(a, load(pool, k0 + d * TILE), a0)
         a1 = fma(a, load(pool, k1 + d * TILE), a1)
@@ -160,7 +180,10 @@ def score_span(
     dim: int,
     scores: FloatArray,
 ) -> None:
-    """Scores [num_queries, SPAN] of queries [num_queries, dim] against the tiles' keys."""
+    """Scores [num_queries, SPAN] of queries [num_queries, dim] against the tiles' keys.
+
+    Prefetches the tiles' values meanwhile.
+    """
     threes = num_queries // 3 * 3
     for j in range(0, threes, 3):
         _score_three(pool, tiles, queries, j, dim, scores)
@@ -215,6 +238,7 @@ def soften(
 def _weigh_three(
     pool: FloatArray,
     tiles: IndexArray,
+    upcoming: IndexArray,
     column: int,
     num_tokens: int,
     weights: FloatArray,
@@ -231,6 +255,8 @@ def _weigh_three(
     for t in range(TILE):
         for i in range(whole + (t < rest)):
             at = tiles[i] + (TILE + t) * dim + column
+            if j == 0:
+                _prefetch_four(pool, upcoming[i] + t * dim + column)
             w = j * SPAN + i * TILE + t
             a = load_splat(weights, w)
             b = load_splat(weights, w + SPAN)
@@ -252,6 +278,7 @@ def _weigh_three(
 def _weigh_one(
     pool: FloatArray,
     tiles: IndexArray,
+    upcoming: IndexArray,
     column: int,
     num_tokens: int,
     weights: FloatArray,
@@ -266,6 +293,8 @@ def _weigh_one(
     for t in range(TILE):
         for i in range(whole + (t < rest)):
             at = tiles[i] + (TILE + t) * dim + column
+            if j == 0:
+                _prefetch_four(pool, upcoming[i] + t * dim + column)
             weight = load_splat(weights, j * SPAN + i * TILE + t)
             a0 = fma(weight, load(pool, at), a0)
             a1 = fma(weight, load(pool, at + 16), a1)
@@ -278,6 +307,7 @@ def _weigh_one(
 def _weigh_narrow(
     pool: FloatArray,
     tiles: IndexArray,
+    upcoming: IndexArray,
     column: int,
     num_tokens: int,
     weights: FloatArray,
@@ -292,6 +322,9 @@ def _weigh_narrow(
     for t in range(TILE):
         for i in range(whole + (t < rest)):
             at = tiles[i] + (TILE + t) * dim + column
+            if j == 0:
+                prefetch(pool, upcoming[i] + t * dim + column)
+                prefetch(pool, upcoming[i] + t * dim + column + 16)
             weight = load_splat(weights, j * SPAN + i * TILE + t)
             a0 = fma(weight, load(pool, at), a0)
             a1 = fma(weight, load(pool, at + 16), a1)
@@ -303,6 +336,7 @@ def _weigh_narrow(
 def weigh_span(
     pool: FloatArray,
     tiles: IndexArray,
+    upcoming: IndexArray,
     num_tokens: int,
     weights: FloatArray,
     num_queries: int,
@@ -311,15 +345,16 @@ def weigh_span(
 ) -> None:
     """Add the first num_tokens values, weighted by [num_queries, SPAN], to sums.
 
+    Prefetches the keys of the tiles in `upcoming` meanwhile.
     Values further on are not read: nobody may have written them.
     """
     threes = num_queries // 3 * 3
     wide = dim // 64 * 64
     for column in range(0, wide, 64):
         for j in range(0, threes, 3):
-            _weigh_three(pool, tiles, column, num_tokens, weights, j, sums, dim)
+            _weigh_three(pool, tiles, upcoming, column, num_tokens, weights, j, sums, dim)
         for j in range(threes, num_queries):
-            _weigh_one(pool, tiles, column, num_tokens, weights, j, sums, dim)
+            _weigh_one(pool, tiles, upcoming, column, num_tokens, weights, j, sums, dim)
     for column in range(wide, dim, 32):
         for j in range(num_queries):
-            _weigh_narrow(pool, tiles, column, num_tokens, weights, j, sums, dim)
+            _weigh_narrow(pool, tiles, upcoming, column, num_tokens, weights, j, sums, dim)
