@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
 from executor_svc.backends.checking.runner import FakeRunner
 from executor_svc.backends.cuda.loading import CudaOptions, load_runner
@@ -16,7 +15,7 @@ from executor_svc.row_state import RowState
 from executor_svc.runner import PendingStep, Runner, StepBatch
 from executor_svc.tests.models import tiny_config, write_model
 from integration_tests import random_walk
-from integration_tests.gpu.shadow import ShadowRunner
+from integration_tests.gpu.shadow import Known, ShadowRunner
 from integration_tests.random_walk import Walk
 from integration_tests.walk_config import VOCAB_SIZE, random_limits
 from scheduler_svc.limits import Limits
@@ -56,7 +55,7 @@ class ShadowWalk(Walk):
 
     def __init__(self, seed: int, path: Path) -> None:
         self.path = path
-        self.known: dict[int, Tensor] = {}
+        self.known = Known()
         self.shadows: list[ShadowRunner] = []
         super().__init__(seed)
 
@@ -112,7 +111,7 @@ class SwapsForgotten(ShadowRunner):
 def test_the_walk_would_notice(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random_walk, "random_limits", gpu_limits)
     monkeypatch.setattr("integration_tests.gpu.test_random_walk.ShadowRunner", SwapsForgotten)
-    with pytest.raises(AssertionError, match="is wrong"):
+    with pytest.raises(AssertionError, match="slots are wrong"):
         _walk_all(path)
 
 
