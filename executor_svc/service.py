@@ -220,7 +220,8 @@ class ExecutorServicer(pb_grpc.ExecutorServiceServicer):
         try:
             is_next = ledger.accept(plan.epoch, plan.step_id)
         except PlanError as error:
-            rejected = rejection(plan, ledger.applied_step_id + 1, error)
+            expected = ledger.applied_step_id + 1
+            rejected = rejection(plan.epoch, plan.step_id, expected, error)
             stream.send(pb.RunResponse(rejected=rejected))
             return
         if is_next:

@@ -85,11 +85,11 @@ class LaunchedStep:
         return result, outputs
 
 
-def launch(message: pb.StepPlan, state: RowState, runner: Runner, arrival_ns: int) -> LaunchedStep:
-    """Decode, check, apply and launch one plan.
+def launch(plan: Plan, state: RowState, runner: Runner, arrival_ns: int) -> LaunchedStep:
+    """Check, apply and launch one plan.
 
     Args:
-        message: the next plan; epoch and step id are not looked at.
+        plan: the next one; epoch and step id are not looked at.
         state: the rows, changed unless PlanError is raised.
         runner: the device.
         arrival_ns: when the plan came in, on the clock of time.monotonic_ns.
@@ -97,7 +97,6 @@ def launch(message: pb.StepPlan, state: RowState, runner: Runner, arrival_ns: in
     Raises PlanError, before anything changed, or what Runner.launch raises.
     """
     start_ns = time.monotonic_ns()
-    plan = decode(message)
     plan_check.check(plan, state, runner.info)
     batch = state.apply(plan)
     growing_logs = state.growing_logs(batch)
@@ -108,7 +107,9 @@ def launch(message: pb.StepPlan, state: RowState, runner: Runner, arrival_ns: in
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    plan: pb.StepPlan
+    epoch: int
+    step_id: int
+    plan: Plan | PlanError  # decoded, or why it cannot be
     arrival_ns: int
 
 
@@ -185,16 +186,25 @@ class StepWorker:
         self._inbox.put(_Reset(epoch))
 
     def submit(self, plan: pb.StepPlan) -> None:
-        """Queue a plan of the current epoch: one event answers it, unless the epoch ends first."""
-        self._inbox.put(_Arrival(plan, time.monotonic_ns()))
+        """Queue a plan of the current epoch: one event answers it, unless the epoch ends first.
+
+        It is decoded here, while the step before it runs: the launching thread's time between two
+        steps may be the device's.
+        """
+        arrival_ns = time.monotonic_ns()
+        try:
+            decoded: Plan | PlanError = decode(plan)
+        except PlanError as error:
+            decoded = error
+        self._inbox.put(_Arrival(plan.epoch, plan.step_id, decoded, arrival_ns))
 
     def _run_launches(self) -> None:
         while (item := self._inbox.get()) is not None:
             if isinstance(item, _Reset):
                 self._guard(item.epoch, 0, self._reset, self._outbox.put)
-            elif item.plan.epoch == self._epoch != self._faulted_epoch:
+            elif item.epoch == self._epoch != self._faulted_epoch:
                 work = partial(self._launch, item)
-                self._guard(item.plan.epoch, item.plan.step_id, work, self._outbox.put)
+                self._guard(item.epoch, item.step_id, work, self._outbox.put)
         self._outbox.put(None)
 
     def _reset(self) -> None:
@@ -206,14 +216,15 @@ class StepWorker:
         self._runner.reset()
 
     def _launch(self, item: _Arrival) -> None:
-        message = item.plan
         expected = self._launched_step_id + 1
         try:
-            if message.step_id != expected:  # it was queued behind a plan that was refused
-                raise PlanError(f"step {message.step_id} follows a rejected plan")
-            step = launch(message, self._state, self._runner, item.arrival_ns)
+            if item.step_id != expected:  # it was queued behind a plan that was refused
+                raise PlanError(f"step {item.step_id} follows a rejected plan")
+            if isinstance(item.plan, PlanError):
+                raise item.plan
+            step = launch(item.plan, self._state, self._runner, item.arrival_ns)
         except PlanError as error:
-            self._outbox.put(rejection(message, expected, error))
+            self._outbox.put(rejection(item.epoch, item.step_id, expected, error))
             return
         self._launched_step_id = expected
         self._outbox.put(step)
@@ -266,11 +277,11 @@ class StepWorker:
         report(failure)
 
 
-def rejection(message: pb.StepPlan, expected_step_id: int, error: PlanError) -> pb.PlanRejected:
+def rejection(epoch: int, step_id: int, expected_step_id: int, error: PlanError) -> pb.PlanRejected:
     """The answer to a plan that was not applied."""
     return pb.PlanRejected(
-        epoch=message.epoch,
-        step_id=message.step_id,
+        epoch=epoch,
+        step_id=step_id,
         expected_step_id=expected_step_id,
         reason=error.reason,
     )

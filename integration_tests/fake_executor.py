@@ -15,7 +15,7 @@ from blockyard.common.listen_address import ListenError
 from blockyard.common.process import exit_with_parent
 from blockyard.executor.v1 import executor_pb2 as pb
 from executor_svc.backends.checking.runner import FakeOptions, FakeRunner, fake_info
-from executor_svc.plan import PlanError
+from executor_svc.plan import PlanError, decode
 from executor_svc.row_state import RowState
 from executor_svc.runner import FatalDeviceError, Runner
 from executor_svc.server import serve
@@ -64,7 +64,7 @@ class SyncExecutor:
         if not self.ledger.accept(plan.epoch, plan.step_id):
             return False
         try:
-            step = launch(plan, self.state, self.runner, time.monotonic_ns())
+            step = launch(decode(plan), self.state, self.runner, time.monotonic_ns())
         except PlanError:
             self.ledger.withdraw(plan.step_id)
             raise

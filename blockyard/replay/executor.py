@@ -12,7 +12,7 @@ from blockyard.engine.v1 import plan_log_pb2 as log_pb
 from blockyard.executor.v1 import executor_pb2 as pb
 from blockyard.replay.difference import Difference, Steps, compare
 from executor_svc.backends.checking.runner import DEVICE, FakeOptions, FakeRunner
-from executor_svc.plan import Plan, PlanError
+from executor_svc.plan import Plan, PlanError, decode
 from executor_svc.row_state import RowState
 from executor_svc.runner import PendingStep, RunnerInfo, StepBatch
 from executor_svc.step_worker import launch
@@ -102,7 +102,7 @@ class ExecutorReplay:
         self._next_step_id += 1
         self._device.failed_rows = list(recorded.failed_rows) if recorded is not None else []
         try:
-            result, _ = launch(plan, self._state, self._device, arrival_ns=0).complete()
+            result, _ = launch(decode(plan), self._state, self._device, arrival_ns=0).complete()
         except PlanError as error:
             return self._difference(plan, [f"illegal: {error}"])
         if recorded is None or self._recorded_on != DEVICE or self.num_plans < self._steps.first:

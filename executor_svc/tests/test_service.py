@@ -58,7 +58,7 @@ async def start(tmp_path: pathlib.Path) -> AsyncIterator[Start]:
 
 async def test_describe(start: Start) -> None:
     described = await (await start()).stub().Describe(pb.DescribeRequest())
-    for name in INFO.__dataclass_fields__:
+    for name in INFO.__dataclass_fields__.keys() - {"swap_bytes_per_s"}:  # a price: cost_model's
         assert getattr(described, name) == getattr(INFO, name), name
     assert described.protocol_version == EXECUTOR_PROTOCOL_VERSION
     assert described.cost_model == pb.CostModel()
