@@ -27,8 +27,11 @@ from benchmarks.gpu_timing import copy_ceiling, graph_us, host_us, read_ceiling
 from benchmarks.report import Target, print_table, print_targets, write
 from cupy_kernels import nvrtc
 from cupy_kernels.copy_blocks import CopyBlocks
+from cupy_kernels.cubins import target_of
 from cupy_kernels.decode import SplitPlanner
 from cupy_kernels.device import Device
+from cupy_kernels.launch import Launch
+from cupy_kernels.prefill import Prefill, plain_prefill
 from cupy_kernels.shape import AttentionShape
 from cupy_kernels.variants import model_variants
 from cupy_kernels.write_kv import WriteKv
@@ -162,7 +165,8 @@ def start(device: Device, _: float) -> tuple[Results, list[Target]]:
         for _run in range(2):  # the first one fills the cache
             begin = time.perf_counter()
             fresh = Device.open(device.ordinal, pathlib.Path(folder))
-            for variant in model_variants(LLAMA_8B, fresh.max_shared_bytes):
+            target = target_of(fresh.capability)
+            for variant in model_variants(LLAMA_8B, fresh.max_shared_bytes, target):
                 fresh.load(variant)
             seconds = time.perf_counter() - begin
     print(f"warm start: {seconds:.3f} s")
@@ -278,8 +282,25 @@ def dense_us(rows: int, tokens: int, backend: SDPBackend) -> float:
         return graph_us([attend] * 4)
 
 
+def by_plain_kernel(device: Device, pool: cases.Pool, step: cases.PrefillStep) -> list[Launch]:
+    """A prefill step's launches with the kernel for all GPUs."""
+    table, items, query, out = (part for part in step.keep if isinstance(part, Tensor))
+    prefill = Prefill(device, pool.shape, plain_prefill(pool.shape))
+    return [
+        prefill.pack(
+            query=query,
+            out=out,
+            pool=pool.blocks,
+            layer=layer,
+            block_table=table,
+            items=items,
+        )
+        for layer in range(pool.shape.num_layers)
+    ]
+
+
 def prefills(device: Device, _: float) -> tuple[Results, list[Target]]:
-    """Prompts and chunks, beside torch's dense kernels in this run and FA3 on an H100."""
+    """Prompts and chunks; beside it the kernel for all GPUs, torch's dense ones, FA3 on an H100."""
     pool = cases.Pool.random(AttentionShape(4, 32, 8, 128, 16), 2_600)
     results: Results = {}
     targets = []
@@ -287,7 +308,8 @@ def prefills(device: Device, _: float) -> tuple[Results, list[Target]]:
         name = f"{rows} x {new} after {computed}"
         step = cases.prefill_step(device, pool, rows, new, computed)
         tflops = step.flops / graph_us(step.attend) / 1e6
-        results[name] = {"tflops": tflops, "fa3_h100_tflops": fa3}
+        plain = step.flops / graph_us(by_plain_kernel(device, pool, step)) / 1e6
+        results[name] = {"tflops": tflops, "plain_tflops": plain, "fa3_h100_tflops": fa3}
         if computed == 0:
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 dense = step.flops / dense_us(rows, new, backend) / 1e6

@@ -34,7 +34,7 @@ def prebuild(shape: AttentionShape, targets: Sequence[str], folder: Path) -> Non
         jobs = [
             pool.submit(_build, folder, variant, target)
             for target in targets
-            for variant in model_variants(shape, MAX_SHARED_BYTES[target])
+            for variant in model_variants(shape, MAX_SHARED_BYTES[target], target)
         ]
         for job in as_completed(jobs):
             print(job.result(), flush=True)

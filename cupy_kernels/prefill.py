@@ -1,12 +1,18 @@
-"""Causal paged attention of runs of new tokens: prompts, and chunks of them."""
+"""Causal paged attention of runs of new tokens: prompts, and chunks of them.
+
+Two kernels do the same: sources/prefill.cu on every GPU, sources/prefill_wgmma.cu where
+`uses_wgmma` says so.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from cupy_kernels.cubins import target_of
 from cupy_kernels.device import Device
 from cupy_kernels.launch import Launch
 from cupy_kernels.shape import LOG2_E, AttentionShape
@@ -19,7 +25,64 @@ IntArray = npt.NDArray[np.int32]
 ITEM_INTS: Final = 4
 
 _WARPS: Final = 4
-_THREADS: Final = 32 * _WARPS
+
+_WGMMA_HEAD_DIMS: Final = (64, 128)
+_WGMMA_THREADS: Final = 3 * 128  # two consumers and a producer
+_WGMMA_SPAN_TILES: Final = 8
+
+
+def uses_wgmma(target: str, shape: AttentionShape) -> bool:
+    """Whether prefill for a model on a target such as sm_90a is by sources/prefill_wgmma.cu.
+
+    Nowhere yet: it compiles, and its operands' layout is checked without a GPU, but it has not run
+    on one. `target == "sm_90a" and shape.head_dim in _WGMMA_HEAD_DIMS` is what it is for.
+    """
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillKernel:
+    """One of the kernels for a model."""
+
+    variant: Variant
+    threads: int
+    shared_bytes: int
+    is_persistent: bool  # blocks of threads, one per SM, go on to further items
+
+
+def prefill_kernel(shape: AttentionShape, target: str) -> PrefillKernel:
+    """The kernel for a model on a target such as sm_90a."""
+    return wgmma_prefill(shape) if uses_wgmma(target, shape) else plain_prefill(shape)
+
+
+def plain_prefill(shape: AttentionShape) -> PrefillKernel:
+    """The kernel for all GPUs. Shared memory: query rows, and two spans of the context."""
+    constants = _constants(shape)
+    query = _rows_per_item(shape) * shape.head_dim * 2
+    return PrefillKernel(
+        variant=Variant("prefill", shape.defines | constants),
+        threads=32 * _WARPS,
+        shared_bytes=query + 2 * constants["SPAN_TILES"] * shape.tile_bytes,
+        is_persistent=False,
+    )
+
+
+def wgmma_prefill(shape: AttentionShape) -> PrefillKernel:
+    """The kernel for Hopper, head_dim 64 or 128.
+
+    Shared memory: stages with three barriers each, up to a multiple of 1,024 bytes, query rows, and
+    a word per consumer thread.
+    """
+    assert shape.head_dim in _WGMMA_HEAD_DIMS, shape
+    stages = 3 if shape.head_dim == 128 else 4
+    ring = stages * (_WGMMA_SPAN_TILES * shape.tile_bytes + 3 * 8)
+    query = _rows_per_item(shape) * shape.head_dim * 2
+    return PrefillKernel(
+        variant=Variant("prefill_wgmma", shape.defines | {"STAGES": stages}),
+        threads=_WGMMA_THREADS,
+        shared_bytes=-(-ring // 1024) * 1024 + query + 2 * 128 * 4,
+        is_persistent=True,
+    )
 
 
 def _constants(shape: AttentionShape) -> dict[str, int]:
@@ -29,19 +92,9 @@ def _constants(shape: AttentionShape) -> dict[str, int]:
     return {"ROW_TILES": 2, "SPAN_TILES": 4}
 
 
-def prefill_variant(shape: AttentionShape) -> Variant:
-    """The kernel for a model."""
-    return Variant("prefill", shape.defines | _constants(shape))
-
-
 def _rows_per_item(shape: AttentionShape) -> int:
+    """Query rows of an item, in both kernels."""
     return _WARPS * 16 * _constants(shape)["ROW_TILES"]
-
-
-def prefill_shared_bytes(shape: AttentionShape) -> int:
-    """Query rows, and two spans of the context."""
-    query = _rows_per_item(shape) * shape.head_dim * 2
-    return query + 2 * _constants(shape)["SPAN_TILES"] * shape.tile_bytes
 
 
 def prefill_items(
@@ -78,13 +131,16 @@ def prefill_items(
 
 
 class Prefill:
-    """Launches of sources/prefill.cu for one model."""
+    """Launches of prefill for one model."""
 
-    def __init__(self, device: Device, shape: AttentionShape) -> None:
-        """Load the kernel."""
+    def __init__(
+        self, device: Device, shape: AttentionShape, kernel: PrefillKernel | None = None
+    ) -> None:
+        """Load the kernel; by default the one for the device."""
         self._shape = shape
-        self._shared_bytes = prefill_shared_bytes(shape)
-        self._kernel = device.load(prefill_variant(shape), self._shared_bytes)
+        self._num_sms = device.num_sms
+        self._choice = kernel or prefill_kernel(shape, target_of(device.capability))
+        self._kernel = device.load(self._choice.variant, self._choice.shared_bytes)
 
     def pack(
         self,
@@ -124,14 +180,20 @@ class Prefill:
             "block_size": shape.block_size,
             "scale_log2": LOG2_E * shape.head_dim**-0.5,
         }
-        blocks = num_items * shape.num_kv_heads
-        return Launch(self._kernel, blocks, _THREADS, params, self._shared_bytes)
+        choice = self._choice
+        blocks = self._blocks(num_items)
+        return Launch(self._kernel, blocks, choice.threads, params, choice.shared_bytes)
 
     def resize(self, launch: Launch, items: DeviceTensor) -> Launch:
         """The launch for other items [n, 4]."""
         num_items = items.shape[0]
         return launch.resize(
-            num_items * self._shape.num_kv_heads,
+            self._blocks(num_items),
             items=address(items, "int32", num_items, ITEM_INTS),
             num_items=num_items,
         )
+
+    def _blocks(self, num_items: int) -> int:
+        """Blocks of threads; each takes one or, if persistent, some pairs of item and KV head."""
+        pairs = num_items * self._shape.num_kv_heads
+        return min(pairs, self._num_sms) if self._choice.is_persistent else pairs

@@ -7,7 +7,7 @@ from typing import Final
 from cupy_kernels.copy_blocks import copy_blocks_variant
 from cupy_kernels.decode import decode_variant, split_plan_variant
 from cupy_kernels.glue import glue_variants
-from cupy_kernels.prefill import prefill_variant
+from cupy_kernels.prefill import prefill_kernel
 from cupy_kernels.sample import sample_variant
 from cupy_kernels.shape import AttentionShape
 from cupy_kernels.source import Variant
@@ -28,13 +28,16 @@ MAX_SHARED_BYTES: Final = {
 }
 
 
-def model_variants(shape: AttentionShape, max_shared_bytes: int) -> list[Variant]:
-    """The kernels for a model on a device with so much shared memory per block of threads."""
+def model_variants(shape: AttentionShape, max_shared_bytes: int, target: str = "") -> list[Variant]:
+    """The kernels for a model on a device with so much shared memory per block of threads.
+
+    `target`, such as sm_90a, tells whether there are faster ones than those for all GPUs.
+    """
     return [
         write_kv_variant(shape),
         split_plan_variant(),
         decode_variant(shape, max_shared_bytes),
-        prefill_variant(shape),
+        prefill_kernel(shape, target).variant,
         copy_blocks_variant(),
         *staging_variants().values(),
         *glue_variants(shape.element).values(),

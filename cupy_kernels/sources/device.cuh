@@ -115,15 +115,33 @@ __device__ __forceinline__ void barrier_wait(uint32 barrier, uint32 parity) {
       : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and lets the barrier wait for so many bytes from the copy engine, too.
+__device__ __forceinline__ void barrier_expect(uint32 barrier, uint32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
 // One copy of `bytes` (a multiple of 16) by the copy engine; `barrier` counts the bytes.
 __device__ __forceinline__ void copy_bulk(uint32 target, const void* source, uint32 bytes,
                                           uint32 barrier, uint64 cache_policy) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
+  barrier_expect(barrier, bytes);
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1], %2, [%3], %4;" ::"r"(target),
       "l"(source), "r"(bytes), "r"(barrier), "l"(cache_policy)
+      : "memory");
+}
+
+// The same for bytes that `barrier` expects already, and that others will read again.
+__device__ __forceinline__ void copy_expected(uint32 target, const void* source, uint32 bytes,
+                                              uint32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      ::"r"(target), "l"(source), "r"(bytes), "r"(barrier)
       : "memory");
 }
 #endif

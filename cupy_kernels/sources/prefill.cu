@@ -1,5 +1,6 @@
 // Causal attention of runs of new tokens over their rows' paged context, new tokens included: whole
-// prompts, chunks of prompts, and anything else with several queries per row.
+// prompts, chunks of prompts, and anything else with several queries per row. For all GPUs; Hopper
+// has prefill_wgmma.cu too.
 //
 // A block of threads takes one KV head and up to kQueryRows query rows of one request; a query row
 // is a (token, head) of the KV head's group, so that short runs still fill the tensor cores and
@@ -11,14 +12,7 @@
 #include "device.cuh"
 #include "element.cuh"
 #include "kv_tile.cuh"
-
-// Some consecutive new tokens of one row; at most kQueryRows / group of them.
-struct alignas(16) PrefillItem {
-  int row;             // in the block table
-  int first_query;     // index of the first token in the batch
-  int num_queries;
-  int first_position;  // of the first token in its row
-};
+#include "prefill_item.cuh"
 
 struct PrefillParams {
   const void* query;         // [num_tokens, query_stride], head h at h * HEAD_DIM
@@ -55,19 +49,6 @@ constexpr int kWarpQueryBytes = kWarpRows * HEAD_DIM * 2;
 __device__ __forceinline__ int query_chunk_offset(int row, int chunk) {
   return chunk / kAtomChunks * kQueryAtomBytes + row * kAtomRowBytes +
          (chunk % kAtomChunks ^ swizzle(row % kGroupTokens)) * kChunkBytes;
-}
-
-// This warp's share of an item: query row r is token r / group of the item, head r % group.
-struct QueryRows {
-  int64 first_query;
-  int head;   // first of the group
-  int begin;  // this warp's first row in the item
-  int count;  // rows of the item
-};
-
-// Offset in elements of a query row in a [tokens, stride] array.
-__device__ __forceinline__ int64 row_offset(const QueryRows& rows, int row, int group, int stride) {
-  return (rows.first_query + row / group) * stride + (rows.head + row % group) * HEAD_DIM;
 }
 
 __device__ __forceinline__ void load_query(uint32 shared, const PrefillParams& p,

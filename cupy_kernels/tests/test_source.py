@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 
 from cupy_kernels import nvrtc
+from cupy_kernels.prefill import wgmma_prefill
 from cupy_kernels.shape import AttentionShape
 from cupy_kernels.source import SOURCES, Variant, params_dtype
 from cupy_kernels.tests.compiling import needs_nvrtc
 from cupy_kernels.variants import model_variants
 
 SHAPE = AttentionShape(2, 32, 8, 128, 16)
-VARIANTS = [*model_variants(SHAPE, 227 << 10), Variant("decode_plain", SHAPE.defines)]
+VARIANTS = [
+    *model_variants(SHAPE, 227 << 10),
+    wgmma_prefill(SHAPE).variant,
+    Variant("decode_plain", SHAPE.defines),
+]
 
 
 @pytest.mark.parametrize(
@@ -62,4 +67,4 @@ def test_the_compiler_lays_parameters_out_alike(variant: Variant) -> None:
         checks.append(f"__INTADDR__(&(({struct}*)0)->{name}) == {offset}")
         checks.append(f"sizeof({struct}::{name}) == {kind.itemsize}")
     text = variant.text() + "".join(f'static_assert({check}, "{check}");\n' for check in checks)
-    nvrtc.compile_source(text, "layout.cu", ["-arch=sm_80", "-std=c++17"])
+    nvrtc.compile_source(text, "layout.cu", ["-arch=sm_90a", "-std=c++17"])
