@@ -126,10 +126,11 @@ class Processes:
         )
         self.frontends: list[Process] = []
 
-    def add_frontend(self, model_path: Path) -> tuple[Process, str]:
+    def add_frontend(self, model_path: Path, *more_flags: object) -> tuple[Process, str]:
         """A front end that is not started yet, and its address."""
         address = f"unix:{self._directory}/frontend{len(self.frontends)}.sock"
         flags = ["--engine", self.engine_address, "--listen", address, "--model-dir", model_path]
+        flags += more_flags
         name = f"frontend{len(self.frontends)}"
         self.frontends.append(Process(self._directory, name, "scheduler_svc.frontend", flags))
         return self.frontends[-1], address

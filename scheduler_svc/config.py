@@ -9,12 +9,13 @@ from pydantic import AfterValidator, Field
 
 from blockyard.common.listen_address import host_port_or_off
 from blockyard.common.protocol import MAX_WINDOW
-from blockyard.common.settings import ServiceSettings, settings_config
+from blockyard.common.settings import settings_config
 from scheduler_svc.plan_log import MAX_FILE_BYTES
 from scheduler_svc.policy import PreemptionMode
+from scheduler_svc.telemetry.settings import TracingSettings
 
 
-class EngineSettings(ServiceSettings):
+class EngineSettings(TracingSettings):
     """One frozen object; nothing else in the engine reads the environment."""
 
     model_config = settings_config("engine", "scheduler_svc.engine")

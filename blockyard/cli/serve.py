@@ -82,6 +82,17 @@ log = logging.getLogger(__name__)
 @click.option("--window", type=int, default=2, show_default=True, help="Plans in flight, 1 to 3.")
 @click.option("--num-threads", type=int, help="Of the executor; default: its own choice.")
 @click.option("--frontends", type=int, default=1, show_default=True, help="Front-end processes.")
+@click.option(
+    "--otlp-endpoint",
+    default="",
+    help="Send traces to this OTLP/gRPC collector, e.g. 127.0.0.1:4317; default: no tracing.",
+)
+@click.option(
+    "--trace-sample-ratio",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Share of requests and steps that is traced, from 0 to 1; default: 0.01.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 @click.option(
     "--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO"

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from blockyard.common.listen_address import host_port_or_off, split_host_port
+from blockyard.common.otlp_endpoint import endpoint_or_off
 from blockyard.common.protocol import MAX_WINDOW
 from blockyard.common.sizes import parse_size
 from blockyard.models.store import DEFAULT_MODEL
@@ -55,5 +56,8 @@ class ServeSettings(BaseModel):
     window: int = Field(default=2, ge=1, le=MAX_WINDOW)
     num_threads: int | None = Field(default=None, ge=1)
     frontends: int = Field(default=1, ge=1, le=64)
+    otlp_endpoint: Annotated[str, AfterValidator(endpoint_or_off)] = ""
+    """Engine and front ends send traces to this OTLP/gRPC collector; empty: nowhere."""
+    trace_sample_ratio: float | None = Field(default=None, ge=0, le=1)
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

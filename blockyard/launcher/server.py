@@ -166,6 +166,10 @@ def child_specs(
         *("--log-format", settings.log_format),
         *("--log-level", settings.log_level),
     ]
+    tracing = _given(
+        otlp_endpoint=settings.otlp_endpoint or None,
+        trace_sample_ratio=settings.trace_sample_ratio,
+    )
     limits = _given(
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
@@ -195,8 +199,12 @@ def child_specs(
         *("--model-dir", str(model_path)),
         *(() if settings.prefix_cache else ("--no-prefix-cache",)),
         *limits,
+        *tracing,
     ]
-    frontend_flags = ["--engine", engine, "--listen", address, "--model-dir", str(model_path)]
+    frontend_flags = [
+        *("--engine", engine, "--listen", address, "--model-dir", str(model_path)),
+        *tracing,
+    ]
     if settings.frontends > 1:
         frontend_flags.append("--reuse-port")
     specs = [

@@ -26,7 +26,9 @@ from scheduler_svc.config import EngineSettings
 from scheduler_svc.engine.loop import Engine
 from scheduler_svc.engine.metrics import serve_metrics
 from scheduler_svc.engine.service import EngineServicer
+from scheduler_svc.engine.tracing import EngineTracing
 from scheduler_svc.plan_log import PlanLogPathError
+from scheduler_svc.telemetry import export
 
 logger = logging.getLogger("scheduler_svc.engine")
 
@@ -45,8 +47,13 @@ def _bind(engine: Engine, listen: str) -> grpc.aio.Server:
 
 async def serve(settings: EngineSettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises ListenError and PlanLogPathError."""
-    engine = Engine(settings)
     async with contextlib.AsyncExitStack() as stack:
+        traces = export.begin(settings.otlp_endpoint)
+        tracing = None
+        if traces is not None:
+            tracing = EngineTracing.to(traces, settings.trace_sample_ratio)
+            stack.push_async_callback(asyncio.to_thread, traces.close)
+        engine = Engine(settings, tracing)
         stack.callback(engine.close)
         if settings.metrics_address:
             where = await stack.enter_async_context(serve_metrics(engine, settings.metrics_address))

@@ -24,6 +24,7 @@ from scheduler_svc.engine.beam_pace import BeamPace
 from scheduler_svc.engine.link import FrontendLink
 from scheduler_svc.engine.reports import finish_message, snapshot_message
 from scheduler_svc.engine.text_stop import TextStops
+from scheduler_svc.engine.tracing import EngineTracing
 from scheduler_svc.executor_client import (
     ExecutorClient,
     IncompatibleExecutorError,
@@ -42,8 +43,9 @@ logger = logging.getLogger(__name__)
 class Engine:
     """One scheduler, one executor link, any number of front-end links."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, tracing: EngineTracing | None = None) -> None:
         """Create an engine that has not met its executor yet. Raises PlanLogPathError."""
+        self._tracing = tracing
         self._settings = settings
         self._policy = Policy(settings.preemption, settings.prefix_cache)
         self._log = PlanLog(settings.plan_log, self._policy, settings.plan_log_max_bytes)
@@ -93,7 +95,10 @@ class Engine:
             max_num_seqs=limits.max_num_seqs,
             budget=limits.max_num_batched_tokens,
         )
-        self._publish(self.scheduler.begin_epoch(epoch, limits))
+        output = self.scheduler.begin_epoch(epoch, limits)
+        if self._tracing is not None:
+            self._tracing.epoch_ended()
+        self._publish(output)
         for link in self._links.values():
             link.push_state(self.state())
 
@@ -118,10 +123,14 @@ class Engine:
     def on_result(self, result: executor_pb2.StepResult) -> None:
         """Commit a step, plan the next, then tell the front ends."""
         assert self.scheduler is not None
+        arrived_ns = time.monotonic_ns()
         self._log.result(result)
         self._pace.observe(result.timings)
         output = self.scheduler.commit(plan_codec.decode(result))
+        committed_ns = time.monotonic_ns()
         self.pump()
+        if self._tracing is not None:
+            self._tracing.committed(result, output.finished, arrived_ns, committed_ns)
         self._publish(output)
 
     def on_cost_model(self, cost_model: executor_pb2.CostModel) -> None:
@@ -186,6 +195,8 @@ class Engine:
             message = plan_codec.encode(plan)
             self._log.plan(message)
             self.client.send(message)
+            if self._tracing is not None:
+                self._tracing.planned(plan, now_ns)
 
     def _window(self, scheduler: Scheduler) -> int:
         """Plans that may be in flight; one if the next is better held until beams can join it."""
@@ -259,6 +270,8 @@ class Engine:
         link.requests[submit.request_id] = request
         self._log.submit(submit, request)
         self.scheduler.submit(request)
+        if self._tracing is not None and submit.HasField("trace"):
+            self._tracing.submitted(request, submit.trace)
 
     def stop(self, link: FrontendLink, stops: pb.StopBatch) -> None:
         """End branches or whole requests early; what has ended already is ignored."""
@@ -276,6 +289,8 @@ class Engine:
         if request is not None and self.scheduler is not None:
             self._log.abort(request.key)
             self.scheduler.abort(request)
+            if self._tracing is not None:
+                self._tracing.ended(request)
 
     def _stop(self, link: FrontendLink, request_id: int, index: int, num_tokens: int) -> None:
         request = link.requests.get(request_id)
@@ -299,6 +314,8 @@ class Engine:
     def _finish(self, link: FrontendLink, finished: Finished) -> None:
         if finished.is_last:
             link.requests.pop(finished.request.request_id, None)
+            if self._tracing is not None:
+                self._tracing.ended(finished.request, finished.status, finished.error_message)
         link.push_finish(finish_message(finished))
 
     def flush_cache(self) -> pb.FlushCacheResponse:

@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 
 import grpc
 import grpc.aio
+from opentelemetry.trace import Tracer
 
 from blockyard.common.columns import pack_u32
 from blockyard.common.model_dir import ModelDir
@@ -30,6 +31,7 @@ from scheduler_svc.frontend.parsing import parse
 from scheduler_svc.frontend.request_log import RequestRecord
 from scheduler_svc.frontend.responses import UnaryResponse, stream_responses
 from scheduler_svc.frontend.tokenizer import PromptTokenizer
+from scheduler_svc.frontend.tracing import RequestTrace, cancelled_status
 from scheduler_svc.frontend.validation import RequestError, Wanted
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["GenerateService"].full_name
@@ -58,7 +60,9 @@ class GenerateApi:
         *,
         version: str,
         max_buffered_tokens: int,
+        tracer: Tracer | None = None,
     ) -> None:
+        self._tracer = tracer
         self._is_draining = False
         self._num_active = 0
         self._idle = asyncio.Event()
@@ -143,20 +147,20 @@ class GenerateApi:
     ) -> _Result:
         """The edge of a request: admits it, turns errors into statuses, always cleans up."""
         record = RequestRecord()
+        trace = RequestTrace.begin(self._tracer, self._model.name)
         stream: OutputStream | None = None
         self._num_active += 1
         self._idle.clear()
         try:
             if self._is_draining:
                 raise RequestError(grpc.StatusCode.UNAVAILABLE, "the server is draining; retry")
-            stream = await self._admit(data, context, record, is_streamed=is_streamed)
+            stream = await self._admit(data, context, record, trace, is_streamed=is_streamed)
             return await respond(stream, record)
         except RequestError as error:
             record.status = error.code.name
             await context.abort(error.code, str(error))
         except asyncio.CancelledError:
-            has_expired = _deadline_unix_ns(context) > 0 and context.time_remaining() <= 0
-            record.status = "DEADLINE_EXCEEDED" if has_expired else "CANCELLED"
+            record.status = cancelled_status(context).name
             raise
         except Exception:
             # The service edge: whatever else goes wrong ends this request alone.
@@ -167,12 +171,20 @@ class GenerateApi:
             if stream is not None:
                 self._link.stop(self._fanout.close(stream))
             record.write(stream)
+            if trace is not None:
+                trace.end(record, stream)
             self._num_active -= 1
             if self._num_active == 0:
                 self._idle.set()
 
     async def _admit(
-        self, data: bytes, context: _Context, record: RequestRecord, *, is_streamed: bool
+        self,
+        data: bytes,
+        context: _Context,
+        record: RequestRecord,
+        trace: RequestTrace | None,
+        *,
+        is_streamed: bool,
     ) -> OutputStream:
         """Check, tokenise and submit. Raises RequestError."""
         request = parse(pb.GenerateRequest, data)
@@ -188,7 +200,11 @@ class GenerateApi:
         stream = self._fanout.open(
             self._output_options(wanted, has_text=not request.skip_text, is_streamed=is_streamed)
         )
-        self._link.submit(_submit(stream.key, prompt, wanted, _deadline_unix_ns(context)))
+        submit = _submit(stream.key, prompt, wanted, _deadline_unix_ns(context))
+        if trace is not None:
+            is_chat = request.HasField("chat")
+            trace.submitted(submit, is_chat=is_chat, is_streamed=is_streamed)
+        self._link.submit(submit)
         return stream
 
     def _output_options(

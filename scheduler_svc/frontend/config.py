@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from blockyard.common.settings import ServiceSettings, settings_config
+from blockyard.common.settings import settings_config
+from scheduler_svc.telemetry.settings import TracingSettings
 
 
-class FrontendSettings(ServiceSettings):
+class FrontendSettings(TracingSettings):
     """One frozen object; nothing else in a front end reads the environment."""
 
     model_config = settings_config("frontend", "scheduler_svc.frontend")

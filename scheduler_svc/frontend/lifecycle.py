@@ -28,6 +28,8 @@ from scheduler_svc.frontend.fanout import Fanout
 from scheduler_svc.frontend.health import HealthServicer
 from scheduler_svc.frontend.loop_lag import LoopLag
 from scheduler_svc.frontend.tokenizer import PromptTokenizer
+from scheduler_svc.frontend.tracing import SERVICE, RpcTracing
+from scheduler_svc.telemetry import export
 
 _STOP_GRACE_S: Final = 1.0
 """For the last statuses to leave."""
@@ -52,6 +54,10 @@ class Frontend:
             model_digest=model.digest,
         )
         self._link = EngineLink(settings.engine, hello, self._fanout, self._set_ready)
+        self._traces = export.begin(settings.otlp_endpoint)
+        tracer = None
+        if self._traces is not None:
+            tracer = self._traces.tracer(SERVICE, settings.trace_sample_ratio)
         self._api = GenerateApi(
             model,
             self._tokenizer,
@@ -59,11 +65,13 @@ class Frontend:
             self._fanout,
             version=software_version(),
             max_buffered_tokens=settings.max_buffered_tokens,
+            tracer=tracer,
         )
         self._server = grpc.aio.server(
+            interceptors=[RpcTracing(tracer, SERVICE_NAME)] if tracer else None,
             options=public_server_options(
                 settings.max_request_bytes, reuse_port=settings.reuse_port
-            )
+            ),
         )
         self._server.add_generic_rpc_handlers((self._api.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -114,6 +122,8 @@ class Frontend:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tokenizer.close()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
     def _set_ready(self, is_ready: bool) -> None:
         self._health.set_serving(is_ready and not self._is_draining)

@@ -40,6 +40,8 @@ class EngineUsage:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     blocks: engine_pb.BlockUsage = field(default_factory=engine_pb.BlockUsage)
+    num_recoveries: int = 0
+    queue_ns: int = 0  # from submission to first admission
 
 
 class Output(NamedTuple):
@@ -73,6 +75,11 @@ class OutputStream:
     def num_choices(self) -> int:
         """Choices asked for."""
         return len(self._choices)
+
+    @property
+    def usage(self) -> EngineUsage | None:
+        """The engine's numbers, once it has sent them."""
+        return self._usage
 
     @property
     def is_running(self) -> bool:
@@ -131,7 +138,11 @@ class OutputStream:
         self._choices[finish.branch].finish(finish)
         if is_over:
             self._usage = EngineUsage(
-                finish.num_cached_tokens, finish.num_preemptions, finish.blocks
+                finish.num_cached_tokens,
+                finish.num_preemptions,
+                finish.blocks,
+                finish.num_recoveries,
+                finish.queue_ns,
             )
         self.ready.set()
 

@@ -24,6 +24,11 @@ class RequestRecord:
         self.status = "OK"
         self._finish_reasons: set[str] = set()
 
+    @property
+    def finish_reasons(self) -> list[str]:
+        """Of the choices that ended, each once, e.g. STOP."""
+        return sorted(self._finish_reasons)
+
     def note_ending(self, ending: Ending) -> None:
         """A choice ended so."""
         reason = pb.FinishReason.Name(ending.reason).removeprefix("FINISH_REASON_")
@@ -40,7 +45,7 @@ class RequestRecord:
         if stream is not None and stream.num_choices > 1:
             fields["choices"] = stream.num_choices
         if self._finish_reasons:
-            fields["finish_reason"] = ",".join(sorted(self._finish_reasons))
+            fields["finish_reason"] = ",".join(self.finish_reasons)
         if stream is not None and stream.first_token_ns is not None:
             fields["ttft_ms"] = round((stream.first_token_ns - self._start_ns) / 1e6, 1)
         fields["duration_ms"] = round((time.monotonic_ns() - self._start_ns) / 1e6, 1)

@@ -47,6 +47,18 @@ def _executor_flags(settings: ServeSettings) -> dict[str, str]:
     return dict(zip(words[::2], words[1::2], strict=True))
 
 
+def test_engine_and_front_ends_are_traced_if_asked() -> None:
+    for settings, is_traced in (
+        (ServeSettings(), False),
+        (ServeSettings(otlp_endpoint="collector:4317", trace_sample_ratio=0.5, frontends=2), True),
+    ):
+        _, *others = child_specs(settings, Path("model"), Path("run"), "127.0.0.1:1")
+        for spec in others:
+            flags = " ".join(spec.command)
+            wanted = "--otlp-endpoint collector:4317 --trace-sample-ratio 0.5"
+            assert (wanted in flags) == is_traced
+
+
 _DEVICE_FLAGS = {"--device", "--load-format", "--gpu-memory-utilization", "--kv-memory"}
 
 
@@ -77,6 +89,8 @@ def test_device_settings_reach_the_executor_alone() -> None:
         {"gpu_memory_utilization": 0},
         {"gpu_memory_utilization": 1.5},
         {"kv_memory": "lots"},
+        {"otlp_endpoint": "collector"},
+        {"trace_sample_ratio": 2},
     ],
 )
 def test_impossible_device_settings_are_refused(values: dict[str, object]) -> None:

@@ -1,0 +1,1 @@
+"""Tracing with OpenTelemetry: where spans go, and what they are called."""
