@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from blockyard.v1 import generate_pb2 as pb
-from integration_tests.harness import Processes, fake_model_dir, running
+from integration_tests.harness import Processes, fake_model_dir, running, until
 from integration_tests.public_client import Answer, PublicClient
 from integration_tests.trace_collector import Span, TraceCollector, covered_share
 
@@ -24,11 +24,15 @@ STEP_S: Final = 0.010
 BUDGET_TOKENS: Final = 64
 MAX_MODEL_LEN: Final = 1000
 TIMEOUT_S: Final = 60.0
+NAN_SEED: Final = 7
+"""Of requests that fail alone."""
 PROMPT: Final = list(range(1, 151))  # three chunks
 
 
 @contextlib.asynccontextmanager
-async def served(directory: Path, endpoint: str, *flags: object) -> AsyncIterator[PublicClient]:
+async def served(
+    directory: Path, endpoint: str, *flags: object
+) -> AsyncIterator[tuple[PublicClient, Processes]]:
     """Processes that send traces to `endpoint`, and a client."""
     tracing = ("--otlp-endpoint", endpoint, *flags)
     processes = Processes(
@@ -37,6 +41,7 @@ async def served(directory: Path, endpoint: str, *flags: object) -> AsyncIterato
             *("--num-device-blocks", 64, "--num-host-blocks", 64, "--block-size", 8),
             *("--vocab-size", VOCAB_SIZE, "--max-model-len", MAX_MODEL_LEN),
             *("--step-ms", STEP_S * 1e3, "--max-num-batched-tokens", BUDGET_TOKENS),
+            *("--nan-seeds", NAN_SEED),
         ),
         engine_flags=("--strict", "--preemption", "swap", "--max-waiting", 4, *tracing),
     )
@@ -45,7 +50,7 @@ async def served(directory: Path, endpoint: str, *flags: object) -> AsyncIterato
     async with running(processes), PublicClient(address) as client:
         await frontend.start()
         await asyncio.wait_for(client.serving(), TIMEOUT_S)
-        yield client
+        yield client, processes
         assert await frontend.stop() == 0
         assert await processes.engine.stop() == 0
 
@@ -53,18 +58,25 @@ async def served(directory: Path, endpoint: str, *flags: object) -> AsyncIterato
 class Traced:
     """A client whose requests have trace ids, and the collector."""
 
-    def __init__(self, client: PublicClient, collector: TraceCollector) -> None:
-        self.client, self.collector = client, collector
+    def __init__(
+        self, client: PublicClient, processes: Processes, collector: TraceCollector
+    ) -> None:
+        self.client, self.processes, self.collector = client, processes, collector
 
     def request(
-        self, num_tokens: int, timeout_s: float | None = None, **fields: Any
+        self,
+        num_tokens: int,
+        timeout_s: float | None = None,
+        *,
+        seed: int | None = None,
+        **fields: Any,
     ) -> tuple[str, grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]]:
         """Begin a stream under a new trace; returns the trace's id."""
         trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
         metadata = (("traceparent", f"00-{trace_id}-{span_id}-01"),)
         request = pb.GenerateRequest(
             token_ids=pb.TokenIds(ids=PROMPT),
-            sampling=pb.SamplingParams(temperature=0.0),
+            sampling=pb.SamplingParams(temperature=0.0, seed=seed),
             stop=pb.StopConditions(max_tokens=num_tokens, ignore_eos=True),
             **fields,
         )
@@ -92,8 +104,11 @@ async def traced(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trac
     directory = tmp_path_factory.mktemp("traced")
     collector = TraceCollector(directory)
     await collector.start()
-    async with served(directory, collector.address, "--trace-sample-ratio", 0.5) as client:
-        yield Traced(client, collector)
+    async with served(directory, collector.address, "--trace-sample-ratio", 0.5) as (
+        client,
+        processes,
+    ):
+        yield Traced(client, processes, collector)
     await collector.stop()
 
 
@@ -165,6 +180,47 @@ async def test_refusals(traced: Traced) -> None:
     assert {"preempt", "swap_out", "swap_in"} <= events
 
 
+async def test_a_request_that_fails_alone(traced: Traced) -> None:
+    trace_id, call = traced.request(10, seed=NAN_SEED)
+    answer = Answer()
+    await traced.client.follow(call, answer)
+    assert answer.code is grpc.StatusCode.INTERNAL
+    assert await traced.status(trace_id, "queue") == ("INTERNAL", True)
+    failed = [s for s in traced.collector.of(trace_id) if s.service == "blockyard-engine"]
+    assert [s.attributes["blockyard.end"] for s in failed if s.is_error] == ["error"]
+
+
+async def test_a_lost_executor_is_an_event(traced: Traced) -> None:
+    trace_id, call = traced.request(100, cache=pb.PrefixCache(off=True))
+    answer = Answer()
+    following = asyncio.create_task(traced.client.follow(call, answer))
+    await until(lambda: bool(answer.num_messages))
+    await traced.processes.executor.restart()
+    await following
+    assert answer.code is grpc.StatusCode.OK
+    spans = await traced.spans(trace_id, "decode", "stream")
+    assert "recovery" in {event.name for event in spans["decode"].events}
+    assert spans["llm_request"].attributes["blockyard.recoveries"] == 1
+    chunks = [s for s in traced.collector.of(trace_id) if s.name == "prefill.chunk"]
+    assert {spans["prefill"].span_id, spans["decode"].span_id} == {c.parent_id for c in chunks}
+    children = [s for s in spans.values() if s.parent_id == spans["llm_request"].span_id]
+    assert covered_share(spans["blockyard.v1.GenerateService/Generate"], children) >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("num_choices", "fields"),
+    [(3, {"num_samples": 3}), (2, {"beam": pb.BeamSearch(width=3, num_choices=2)})],
+)
+async def test_branches_fork(traced: Traced, num_choices: int, fields: dict[str, Any]) -> None:
+    trace_id, call = traced.request(20, **fields)
+    assert len({message.choice_index async for message in call}) == num_choices
+    spans = await traced.spans(trace_id, "decode", "stream")
+    events = [event.name for name in ("prefill", "decode") for event in spans[name].events]
+    assert events.count("fork") >= 2
+    assert spans["llm_request"].attributes["blockyard.blocks.copied"] > 0
+    assert "copy_on_write" in events
+
+
 async def test_steps_are_linked_with_who_joins(traced: Traced) -> None:
     ids = set()
     for _ in range(8):
@@ -231,7 +287,7 @@ async def test_no_collector_hurts_nobody(tmp_path: Path, is_frozen: bool) -> Non
         endpoint = f"unix:{path}"
     async with (
         asyncio.timeout(TIMEOUT_S),
-        served(tmp_path, endpoint, "--trace-sample-ratio", 1) as client,
+        served(tmp_path, endpoint, "--trace-sample-ratio", 1) as (client, _),
     ):
         begin = time.monotonic()
         answers = await asyncio.gather(*(client.generate(PROMPT[:20], 20) for _ in range(4)))
