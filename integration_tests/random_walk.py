@@ -18,13 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
 from benchmarks import report
 from executor_svc.backends.checking.runner import FakeOptions, FakeRunner, fake_info
 from executor_svc.plan import PlanError
 from integration_tests.sim_link import SimLink
+from integration_tests.walk_books import check_books
 from integration_tests.walk_config import (
+    STEP_NS,
     random_limits,
     random_policy,
     random_prices,
@@ -35,7 +35,7 @@ from integration_tests.walk_isolation import Isolation, check_forgotten
 from integration_tests.walk_log import MakeScheduler, run_recorded
 from integration_tests.walk_request import RequestMaker, WalkRequest
 from scheduler_svc import plan_codec
-from scheduler_svc.request import Request, RequestStatus
+from scheduler_svc.request import RequestStatus
 from scheduler_svc.scheduler import Scheduler
 from scheduler_svc.step_plan import StepOutput
 
@@ -76,6 +76,8 @@ class WalkCounts:
     preemptions_by_swap: int = 0
     evictions: int = 0
     flushes: int = 0
+    deadlines: int = 0
+    expired: int = 0
 
     def add(self, other: WalkCounts) -> None:
         """Sum each count."""
@@ -151,6 +153,10 @@ class Walk:
     def _is_busy(self) -> bool:
         return self._scheduler.has_work or self._link.num_sent > 0
 
+    @property
+    def _now_ns(self) -> int:
+        return self.counts.steps * STEP_NS
+
     def _live(self) -> list[WalkRequest]:
         return [request for request in self._requests.values() if not request.is_ended]
 
@@ -183,6 +189,8 @@ class Walk:
         self._num_arrivals_left -= 1
         self.counts.requests += 1
         request = self._maker.make(self.counts.requests, self._limits)
+        self._weather.hurry.draw(request.request, self._now_ns)
+        self.counts.deadlines += request.request.deadline_ns > 0
         self._requests[request.request.key] = request
         self.counts.samples += request.request.num_samples > 1
         self.counts.beam_searches += request.request.beam is not None
@@ -192,9 +200,10 @@ class Walk:
 
     def _plan(self) -> None:
         scheduler, counts = self._scheduler, self.counts
-        oldest = min(scheduler.running.values(), key=lambda branch: branch.key, default=None)
+        oldest = min(scheduler.running.values(), key=lambda branch: branch.age, default=None)
         before = dict(scheduler.running)
-        plan = scheduler.plan(now_ns=counts.steps)
+        plan = scheduler.plan(now_ns=self._now_ns)
+        self._end_expired()
         self._check_pool()
         if oldest is not None:
             assert oldest.status is RequestStatus.RUNNING, "the oldest was preempted"
@@ -213,6 +222,11 @@ class Walk:
         counts.same_batches += plan.same_batch
         counts.chunked_prefills += len(plan.rows) > len(plan.sampling_rows)
         self._link.send(plan_codec.encode(plan))
+
+    def _end_expired(self) -> None:
+        for request in self._scheduler.take_expired():
+            self._requests[request.key].expire()
+            self.counts.expired += 1
 
     def _deliver(self) -> None:
         self._link.deliver()
@@ -338,32 +352,6 @@ def walk(seed: int) -> WalkCounts:
 def _num_steps(request: WalkRequest) -> int:
     """Steps that a request may cost, whatever happens."""
     return _STEPS_PER_TOKEN * request.request.max_total_tokens * len(request.request.branches)
-
-
-def check_books(scheduler: Scheduler, requests: list[Request]) -> None:
-    """Assert that both pools hold exactly what branches hold, and that their classes sum up."""
-    branches = [branch for request in requests for branch in request.branches]
-    scheduler.kv.check_conservation(branches)
-    accounting = scheduler.snapshot()
-    device, host = accounting.device, accounting.host
-    held = (device.num_stored, device.num_in_flight, device.num_unused)
-    others = (device.num_cached, device.num_free, device.num_padding)
-    assert sum(held) + sum(others) == device.num_slots, device
-    assert min(*held, *others, device.num_saved_by_sharing) >= 0, device
-    assert host.num_swapped + host.num_cached + host.num_free == host.num_slots, host
-    rows = [branch.row for branch in scheduler.running.values()]
-    stored = distinct_slots(scheduler, rows)
-    assert stored == device.num_stored + device.num_in_flight, (stored, device)
-
-
-def distinct_slots(scheduler: Scheduler, rows: list[int]) -> int:
-    """Slots that rows have filled or are filling, each counted once."""
-    block_size, slots = scheduler.limits.block_size, [np.empty(0, np.int64)]
-    for row in rows:
-        positions = np.arange(scheduler.rows.num_planned[row])
-        block_ids = scheduler.kv.table(row)[positions // block_size]
-        slots.append(block_ids * block_size + positions % block_size)
-    return len(np.unique(np.concatenate(slots)))
 
 
 def main(arguments: list[str]) -> int:

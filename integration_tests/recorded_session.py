@@ -144,11 +144,17 @@ class RecordedSession:
             key=self._num_submits,
             frontend=self._num_submits % 3,
             now_ns=self._now_ns,
+            deadline_ns=self._deadline_ns(),
             text_stop=lambda _strings: lambda token_ids: int(token_ids[-1]) % 29 == 0,
         )
         self._live[request.key] = request
         self._log.submit(submit, request)
         self.scheduler.submit(request)
+
+    def _deadline_ns(self) -> int:
+        """Of the newest submit: one in three has one, which may be very near."""
+        number = self._num_submits
+        return 0 if number % 3 else self._now_ns + 1 + number % 7 * 20_000_000
 
     def _random_submit(self) -> engine_pb2.Submit:
         rng = self._rng
@@ -160,6 +166,7 @@ class RecordedSession:
             seed=rng.getrandbits(64),
             num_logprobs=rng.choice([0, 0, 0, 1]),
             cache_off=rng.random() < 0.1,
+            priority=self._num_submits % 5 // 4,
         )
         if rng.random() < 0.15:
             submit.beam.width = rng.randint(1, 3)
@@ -183,6 +190,8 @@ class RecordedSession:
             return False
         self._log.plan_call(self._now_ns)
         plan = self.scheduler.plan(self._now_ns)
+        for request in self.scheduler.take_expired():
+            del self._live[request.key]
         if plan is None:
             return False
         message = plan_codec.encode(plan)

@@ -35,7 +35,7 @@ def token_ids(*ids: int) -> pb.TokenIds:
 BAD: Final[list[tuple[dict[str, Any], str]]] = [
     ({}, "one of prompt, token_ids, chat must be set"),
     ({"prompt": ""}, "prompt is empty"),
-    ({"token_ids": token_ids()}, "token_ids is empty"),
+    ({"token_ids": token_ids()}, "token_ids.ids is empty"),
     ({"token_ids": token_ids(*[1] * (NUM_POOL_TOKENS + 1))}, "the prompt has 793 tokens"),
     ({"prompt": "a b " * 200_000}, "characters are more than the 793 tokens"),
     ({"prompt": "a", "stop": Stop(max_tokens=0)}, "stop.max_tokens must be at least 1"),
@@ -45,7 +45,7 @@ BAD: Final[list[tuple[dict[str, Any], str]]] = [
     ({"prompt": "a", "sampling": Sampling(top_p=0)}, "sampling.top_p"),
     ({"prompt": "a", "sampling": Sampling(top_p=1.5)}, "sampling.top_p"),
     ({"prompt": "a", "sampling": Sampling(top_p=math.nan)}, "sampling.top_p"),
-    ({"token_ids": token_ids(VOCAB_SIZE)}, "token_ids holds 400; the vocabulary has 400 ids"),
+    ({"token_ids": token_ids(VOCAB_SIZE)}, "token_ids.ids holds 400; the vocabulary has 400 ids"),
     ({"prompt": "a", "stop": Stop(token_ids=[VOCAB_SIZE])}, "stop.token_ids holds 400"),
     ({"chat": chat("robot")}, "chat.messages[0].role must be one of"),
     ({"chat": pb.ChatMessages()}, "chat.messages is empty"),

@@ -19,6 +19,7 @@ from integration_tests.harness import Processes, running
 from integration_tests.reference import SamplingParams, context_of, reference_output
 from integration_tests.reference_beam import reference_beams, token_logprobs
 from scheduler_svc.beam import BeamParams, EarlyStopping
+from scheduler_svc.errors import ERRORS, Reason
 
 VOCAB_SIZE: Final = 600
 BLOCK_SIZE: Final = 4
@@ -100,7 +101,7 @@ BAD_SUBMITS: Final[dict[str, tuple[dict[str, Any], grpc.StatusCode, str]]] = {
     "more returned than kept": (
         {"beam": pb.BeamSearch(width=2, num_returned=3)},
         INVALID,
-        "beam.num_returned",
+        "beam.num_choices",
     ),
     "penalty that is no number": (
         {"beam": pb.BeamSearch(width=2, length_penalty=float("nan"))},
@@ -120,10 +121,10 @@ BAD_SUBMITS: Final[dict[str, tuple[dict[str, Any], grpc.StatusCode, str]]] = {
         grpc.StatusCode.FAILED_PRECONDITION,
         "model directory",
     ),
-    "stop strings without beams": ({"stop_strings": ["x"]}, INVALID, "stop_strings"),
+    "stop strings without beams": ({"stop_strings": ["x"]}, INVALID, "stop.strings"),
     "more samples than rows": ({"num_samples": 9}, INVALID, "num_samples"),
-    "too many log-probabilities": ({"num_logprobs": 22}, INVALID, "num_logprobs"),
-    "salt too long": ({"cache_salt": b"s" * 65}, INVALID, "cache_salt"),
+    "too many log-probabilities": ({"num_logprobs": 22}, INVALID, "logprobs.num_candidates"),
+    "salt too long": ({"cache_salt": b"s" * 65}, INVALID, "cache.salt"),
 }
 
 
@@ -132,7 +133,7 @@ async def test_a_bad_submit_is_refused_by_itself(name: str, engine: EngineClient
     fields, code, message = BAD_SUBMITS[name]
     good = engine.submit([1, 2, 3], 5)
     rejection = await engine.submit([1, 2, 3], 5, **fields).rejected()
-    assert rejection.code == code.value[0]
+    assert ERRORS[Reason(rejection.reason)].code is code
     assert message in rejection.message
     await good.finished()
     assert good.token_ids == greedy([1, 2, 3], 5)
@@ -141,7 +142,7 @@ async def test_a_bad_submit_is_refused_by_itself(name: str, engine: EngineClient
 async def test_beams_must_fit_whole_samples_one_by_one(engine: EngineClient) -> None:
     ids = prompt(1, 50)  # twelve full blocks shared; twenty blocks for what follows
     rejection = await engine.submit(ids, 30, beam=pb.BeamSearch(width=8)).rejected()
-    assert rejection.code == INVALID.value[0]
+    assert rejection.reason == Reason.TOO_LONG
     assert "8 beams" in rejection.message
     output = engine.submit(ids, 30, num_samples=8, seed=3, **WARM)
     assert (await output.finished()).num_prompt_tokens == 50

@@ -9,8 +9,8 @@ from typing import Final
 import pytest
 
 from executor_svc.backends.checking.runner import FakeRunner, fake_info
-from integration_tests.random_walk import check_books
 from integration_tests.sim_link import SimLink
+from integration_tests.walk_books import check_books
 from integration_tests.walk_request import RequestMaker, WalkRequest
 from scheduler_svc import plan_codec
 from scheduler_svc.cost_model import CostModel

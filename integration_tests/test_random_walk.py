@@ -23,7 +23,7 @@ def test_outputs_equal_the_reference(first_seed: int) -> None:
 @pytest.mark.timeout(120)
 def test_the_walk_meets_everything_it_is_for() -> None:
     counts = WalkCounts()
-    for seed in range(SEEDS, SEEDS + 20):
+    for seed in range(SEEDS, SEEDS + 30):
         counts.add(walk(seed))
     missing = [name for name, count in dataclasses.asdict(counts).items() if count < 10]
     assert not missing, counts

@@ -152,8 +152,9 @@ async def test_ten_thousand_at_once_fill_the_queue_and_hurt_nobody(tmp_path: Pat
         for output in set(outputs) - set(aborted):
             await output.ended.wait()
         rejected = [output for output in outputs if output.rejection is not None]
-        codes = {output.rejection.code for output in rejected if output.rejection is not None}
-        assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]}
+        rejections = [output.rejection for output in rejected if output.rejection is not None]
+        assert {rejection.reason for rejection in rejections} == {"QUEUE_FULL"}
+        assert all(rejection.retry_delay_ns for rejection in rejections)
         assert len(rejected) == 10_000 - MAX_WAITING
         assert all(output.rejection is None for output in outputs[:MAX_WAITING])  # the first ones
         finished = [output for output in outputs if output.finish is not None]

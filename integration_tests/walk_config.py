@@ -11,8 +11,30 @@ from integration_tests.walk_request import WalkRequest
 from scheduler_svc.cost_model import CostModel
 from scheduler_svc.limits import Limits
 from scheduler_svc.policy import Policy, PreemptionMode
+from scheduler_svc.request import Request
 
 VOCAB_SIZE: Final = 997
+STEP_NS: Final = 1_000_000
+"""What the walk's clock advances by with each step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hurry:
+    """How urgent requests are in one walk. Draws from numbers of its own."""
+
+    rng: random.Random
+    has_deadlines: float  # share of the requests
+    patience_steps: float  # mean
+    has_class: float  # share of the requests that are not of class 0
+
+    def draw(self, request: Request, now_ns: int) -> None:
+        """Give a request that arrives now its class and its deadline, if it is to have one."""
+        rng, request.arrival_ns = self.rng, now_ns
+        if rng.random() < self.has_class:
+            request.priority = rng.randint(-1, 1)
+        if rng.random() < self.has_deadlines:
+            patience_ns = rng.expovariate(1 / self.patience_steps) * STEP_NS
+            request.deadline_ns = now_ns + 1 + int(patience_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +46,7 @@ class Weather:
     abort: float
     poison: float
     flush: float
+    hurry: Hurry
 
 
 def random_limits(rng: random.Random) -> Limits:
@@ -55,7 +78,7 @@ def random_policy(rng: random.Random) -> Policy:
 def random_prices(rng: random.Random) -> CostModel:
     """Swapping is dear, cheap or has no price; reading KV is dear, cheap or free."""
     return CostModel(
-        step_ns=1e6,
+        step_ns=STEP_NS,
         token_ns=1e4,
         kv_bytes_per_s=rng.choice([0.0, 1e4, 1e8]),
         swap_bytes_per_s=rng.choice([0.0, 1e2, 1e8]),
@@ -74,6 +97,17 @@ def random_weather(rng: random.Random) -> Weather:
         abort=often(0.1),
         poison=often(0.05),
         flush=often(0.05),
+        hurry=random_hurry(random.Random(hash(rng.getstate()))),
+    )
+
+
+def random_hurry(rng: random.Random) -> Hurry:
+    """Half of the walks know neither deadlines nor classes."""
+    return Hurry(
+        rng,
+        has_deadlines=rng.choice([0.0, 0.0, 0.3, 1.0]),
+        patience_steps=rng.choice([10.0, 30.0, 300.0]),
+        has_class=rng.choice([0.0, 0.0, 0.5]),
     )
 
 

@@ -181,5 +181,6 @@ def submit_of(request: Request) -> engine_pb2.Submit:
         cache_salt=request.cache_salt,
         cache_off=request.is_cache_private,
         # What it stops at is not known here; the log has what the check says.
+        priority=request.priority,
         stop_strings=["?"] if request.is_text_stopped is not None else [],
     )

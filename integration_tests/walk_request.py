@@ -107,6 +107,14 @@ class WalkRequest:
         self.is_ended = all(each.is_ended for each in self.branches)
         assert finished.is_last == self.is_ended, (self, finished)
 
+    def expire(self) -> None:
+        """Check that the engine may drop the request: it has not run, and has a deadline."""
+        request = self.request
+        assert not self.is_ended, f"{self}: dropped after its end"
+        assert request.deadline_ns, f"{self}: dropped without a deadline"
+        assert not request.place, f"{self}: it ran"
+        self.is_ended = True
+
     def _end_with_error(self, limits: Limits) -> None:
         self.is_ended = True
         request = self.request

@@ -25,6 +25,7 @@ class Counters:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_steps: int = 0
+    num_expired: int = 0
 
 
 @dataclass(frozen=True, slots=True)

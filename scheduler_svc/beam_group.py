@@ -52,9 +52,9 @@ class BeamGroup:
         return self.request.branches[0]
 
     @property
-    def key(self) -> int:
-        """Its place in the order of service."""
-        return self.leader.key
+    def age(self) -> tuple[int, int]:
+        """Its place in the order of service, see Branch."""
+        return self.leader.age
 
     @property
     def num_candidates(self) -> int:

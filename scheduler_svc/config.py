@@ -53,6 +53,11 @@ class EngineSettings(TracingSettings):
         MAX_FILE_BYTES, ge=1 << 20, description="A larger plan log goes on in another file."
     )
     max_waiting: int = Field(10_000, ge=1, description="Most requests queued; more are refused.")
+    max_waiting_tokens: int = Field(
+        4_000_000,
+        ge=1,
+        description="Most prompt tokens queued; more are refused, but one request is always taken.",
+    )
     watermark: float = Field(
         0.01, ge=0, lt=1, description="Part of the pool that admissions leave free."
     )

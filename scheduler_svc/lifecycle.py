@@ -8,11 +8,13 @@ from scheduler_svc.accounting import Counters
 from scheduler_svc.beam_group import BeamGroup
 from scheduler_svc.cost_model import CostModel
 from scheduler_svc.limits import Limits
-from scheduler_svc.policy import Policy, PreemptionMode, WaitingQueue, should_swap
+from scheduler_svc.pace import Pace
+from scheduler_svc.policy import Policy, PreemptionMode, should_swap
 from scheduler_svc.prefix_cache import private_root_hash
 from scheduler_svc.request import Branch, Request, RequestStatus
 from scheduler_svc.residents import Residents
 from scheduler_svc.step_plan import Finished, TokenColumns
+from scheduler_svc.waiting_queue import MAX_OVERTAKEN_NS, WaitingQueue
 
 
 class Lifecycle:
@@ -25,6 +27,10 @@ class Lifecycle:
         self.cost_model = CostModel()
         self.counters = Counters()
         self.waiting = WaitingQueue()
+        self.pace = Pace()
+        self.now_ns = 0  # of the newest plan
+        self.expired: list[Request] = []  # dropped, and not told to the caller yet
+        self._num_places = 0
         self.groups: dict[int, BeamGroup] = {}  # by request key: beam searches, in order of arrival
         self.suspects: set[Branch] = set()  # with num_suspicions > 0
         self.is_stop_token = np.zeros(limits.vocab_size, np.bool_)  # of any request so far
@@ -64,7 +70,30 @@ class Lifecycle:
             request.cache_root = private_root_hash(request.key)
         if request.beam is not None:
             self.groups[request.key] = BeamGroup(request)
+        request.latest_start_ns = self._latest_start_ns(request)
         self.queue(request.branches[0])
+
+    def _latest_start_ns(self, request: Request) -> int:
+        if not request.deadline_ns:
+            return request.arrival_ns + MAX_OVERTAKEN_NS
+        service_ns = max(
+            self.pace.expected_ns(request.max_total_tokens - request.num_prompt_tokens),
+            self.cost_model.step_time_ns(request.num_prompt_tokens, 0, 0),
+        )
+        return request.deadline_ns - int(service_ns)
+
+    def take_place(self, request: Request) -> None:
+        """A branch of the request enters; if it is the first one, that gives the request's age."""
+        if not request.place:
+            self._num_places += 1
+            request.place = self._num_places
+
+    def expire(self, request: Request) -> None:
+        """Drop a request that has not run and can no longer meet its deadline."""
+        assert not request.place
+        self.end_request(request, RequestStatus.FINISHED_ABORTED)
+        self.counters.num_expired += 1
+        self.expired.append(request)
 
     def queue(self, branch: Branch) -> None:
         """Put a waiting branch, or the leader of a waiting beam search, into the queue."""
@@ -153,6 +182,13 @@ class Lifecycle:
     ) -> Finished:
         """End one sample, with so many output tokens."""
         self.end(branch, status)
+        if branch.request.first_admitted_ns:
+            service_ns = self.now_ns - branch.request.first_admitted_ns
+            self.pace.observe(
+                service_ns,
+                num_output_tokens,
+                branch.max_total_tokens - branch.request.num_prompt_tokens,
+            )
         is_last = branch.request.is_finished
         self.counters.num_finished += is_last
         return Finished(

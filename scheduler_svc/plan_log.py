@@ -108,6 +108,7 @@ class PlanLog:
             key=request.key,
             frontend=request.frontend,
             arrival_ns=request.arrival_ns,
+            deadline_ns=request.deadline_ns,
         )
         self._write(pb.LOG_RECORD_KIND_SUBMIT, record)
 

@@ -31,6 +31,7 @@ class Planner:
 
         Oldest first, then to admissions.
         """
+        self._drop_hopeless()
         self._plan_decodes()
         for branch in list(self._residents.prefilling):
             if self._batch.budget and branch.status is RequestStatus.RUNNING:
@@ -75,7 +76,7 @@ class Planner:
         stalled = set()
         growing: list[Branch | BeamGroup] = [self._rows.resident(row) for row in grown]
         growing += groups
-        for each in sorted(growing, key=lambda each: each.key):
+        for each in sorted(growing, key=lambda each: each.age):
             if isinstance(each, BeamGroup):
                 if not each.is_ready:
                     continue  # preempted for an older one just now
@@ -232,6 +233,29 @@ class Planner:
 
     # ---- admission
 
+    def _drop_hopeless(self) -> None:
+        """Who cannot meet its deadline any more leaves before its prefill; who hardly can yields.
+
+        Only the next in line is looked at: nobody else is about to cost anything.
+        """
+        waiting, now_ns = self._life.waiting, self._now_ns
+        while len(waiting) and (branch := waiting.peek()) is not None:
+            request = branch.request
+            if request.place or not request.deadline_ns or now_ns <= request.latest_start_ns:
+                return
+            if now_ns + self._soonest_ns(branch) > request.deadline_ns:
+                self._life.expire(request)
+            elif request.is_late:
+                return
+            else:
+                waiting.demote()
+
+    def _soonest_ns(self, branch: Branch) -> float:
+        """Time of the prefill of what is not cached, if nothing else ran; 0: no price is known."""
+        num_cached = len(self._kv.find(branch)) * self._kv.block_size
+        num_tokens = max(1, branch.request.num_prompt_tokens - num_cached)
+        return self._life.cost_model.step_time_ns(num_tokens, 0, 0)
+
     def _admit(self) -> None:
         """Let waiting branches in, in order, as far as rows, budget and blocks allow."""
         policy, rows = self._life.policy, self._rows
@@ -246,6 +270,7 @@ class Planner:
             if self._residents.running and sum(counts) > self._num_spare:
                 return
             self._life.waiting.pop()
+            self._life.take_place(branch.request)
             self._enter(branch, counts)
 
     def _enter(self, branch: Branch, counts: list[int]) -> None:

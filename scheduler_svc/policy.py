@@ -1,15 +1,14 @@
-"""Order of service and prices: pure functions, and the queue that follows them."""
+"""Who gives way, and prices: pure functions."""
 
 from __future__ import annotations
 
 import enum
-import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from scheduler_svc.cost_model import CostModel
 from scheduler_svc.limits import Limits
-from scheduler_svc.request import Branch, Request, RequestStatus
+from scheduler_svc.request import Branch, Request
 
 MAX_PREEMPTIONS_UNRESERVED = 2
 """After this many preemptions a branch re-enters only with its worst case reserved."""
@@ -42,13 +41,14 @@ def needs_reservation(branch: Branch) -> bool:
 def pick_victim(running: Iterable[Branch], for_branch: Branch) -> Branch | None:
     """Who gives up blocks so that `for_branch` can grow; None if nobody may.
 
-    Only branches that arrived later are asked, so the oldest one running is never a victim: that
-    is the proof of progress. The youngest goes first, except that branches admitted with a
-    reservation go last, so that few are preempted a third time. Lanes of one beam search do not
-    take from each other.
+    Only branches of requests that first entered later are asked, so the oldest one running is
+    never a victim: that is the proof of progress. The youngest goes first, except that branches
+    admitted with a reservation go last, so that few are preempted a third time. Lanes of one beam
+    search do not take from each other.
     """
-    younger = [b for b in running if b.key > for_branch.key and not _is_same_beam(b, for_branch)]
-    return max(younger, key=lambda b: (not needs_reservation(b), b.key), default=None)
+    age = for_branch.age
+    younger = [b for b in running if b.age > age and not _is_same_beam(b, for_branch)]
+    return max(younger, key=lambda b: (not needs_reservation(b), b.age), default=None)
 
 
 def _is_same_beam(branch: Branch, other: Branch) -> bool:
@@ -87,51 +87,3 @@ def _recompute_ns(
         read_bytes = num_chunks * mean_context * limits.block_bytes / limits.block_size
         total_ns += read_bytes / cost.kv_bytes_per_s * 1e9
     return total_ns
-
-
-_MAX_DEAD_ENTRIES = 64
-"""Entries of ended branches that the queue may hold, beside as many as it has live ones."""
-
-
-class WaitingQueue:
-    """Waiting branches in order of arrival. A preempted one returns to its old place."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, Branch]] = []
-        self._num_waiting = 0
-
-    def __len__(self) -> int:
-        return self._num_waiting
-
-    def __iter__(self) -> Iterator[Branch]:
-        return (b for _, b in self._heap if b.status is RequestStatus.WAITING)
-
-    def push(self, branch: Branch) -> None:
-        """Add a branch whose status is WAITING."""
-        branch.is_queued = True
-        heapq.heappush(self._heap, (branch.key, branch))
-        self._num_waiting += 1
-
-    def peek(self) -> Branch | None:
-        """The next in line, or None."""
-        while self._heap and self._heap[0][1].status is not RequestStatus.WAITING:
-            heapq.heappop(self._heap)  # it ended while it waited
-        return self._heap[0][1] if self._heap else None
-
-    def pop(self) -> Branch:
-        """Remove and return the next in line; there must be one."""
-        branch = self.peek()
-        assert branch is not None
-        heapq.heappop(self._heap)
-        branch.is_queued = False
-        self._num_waiting -= 1
-        return branch
-
-    def discard(self, branch: Branch) -> None:
-        """Count out a branch that ended while it waited; its entry is dropped when met."""
-        assert branch.status.is_finished
-        branch.is_queued = False
-        self._num_waiting -= 1
-        if len(self._heap) > 2 * self._num_waiting + _MAX_DEAD_ENTRIES:
-            self._heap = [(b.key, b) for b in self]
-            heapq.heapify(self._heap)

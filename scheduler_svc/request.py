@@ -20,6 +20,9 @@ NO_ROW: Final = -1
 MAX_BRANCHES: Final = 128
 """Most samples or beams of one request, whatever the executor holds."""
 
+MAX_PRIORITY: Final = 10
+"""The highest class of service; the lowest is the negative of it."""
+
 
 class RequestStatus(enum.Enum):
     """Where a branch is. The FINISHED_* ones are final."""
@@ -80,6 +83,8 @@ class Request:
     prompt: TokenIds  # [num_prompt_tokens]
     max_total_tokens: int  # prompt and output of one branch together
     arrival_ns: int
+    deadline_ns: int = 0  # on the clock of arrival_ns; 0: none
+    priority: int = 0  # class of service; higher is served first
     sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: frozenset[int] = frozenset()
     # Beam search: whether output tokens, the newest included, complete a stop string.
@@ -92,6 +97,10 @@ class Request:
     cache_root: BlockHash = b""
     branches: list[Branch] = field(default_factory=list)  # by index; lanes if beams
     blocks: BlockUsage = field(default_factory=BlockUsage)
+    # Order of service; see waiting_queue. Set when it is queued.
+    latest_start_ns: int = 0  # to meet its deadline, as far as one can tell
+    is_late: bool = False  # it waited for longer than that
+    place: int = 0  # from 1, in the order in which requests first entered a row; 0: not yet
     first_admitted_ns: int = 0
     num_cached_tokens: int = 0  # of the prompt, at first admission
     # Whether its samples run by themselves; until then they wait for the first one's prefill.
@@ -149,8 +158,13 @@ class Branch:
 
     @property
     def key(self) -> int:
-        """Unique; its order is the order of service."""
+        """Unique; its order is the order of arrival."""
         return self.request.key * MAX_BRANCHES + self.index
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Its order is that in which branches that have run are served, the oldest first."""
+        return self.request.place, self.key
 
     @property
     def max_total_tokens(self) -> int:

@@ -19,7 +19,7 @@ from scheduler_svc.kv_manager import KVManager
 from scheduler_svc.lifecycle import Lifecycle
 from scheduler_svc.limits import Limits
 from scheduler_svc.planner import Planner
-from scheduler_svc.policy import Policy, WaitingQueue
+from scheduler_svc.policy import Policy
 from scheduler_svc.request import Branch, Request, RequestStatus
 from scheduler_svc.residents import Residents
 from scheduler_svc.rows import Rows
@@ -31,6 +31,7 @@ from scheduler_svc.step_plan import (
     StepTokens,
     TokenColumns,
 )
+from scheduler_svc.waiting_queue import WaitingQueue
 
 MAX_SUSPICIONS = 3
 """A branch in flight at this many epoch ends in a row, with no token in between, fails."""
@@ -127,6 +128,15 @@ class Scheduler:
         """End a request now; tokens still under way for it are dropped."""
         self._life.end_request(request, RequestStatus.FINISHED_ABORTED)
 
+    def take_expired(self) -> list[Request]:
+        """Requests dropped since the last call: their deadline could no longer be met."""
+        expired, self._life.expired = self._life.expired, []
+        return expired
+
+    def estimated_wait_ns(self) -> float:
+        """How long a request queued now would wait, as far as one can tell; 0: one cannot."""
+        return self._life.pace.wait_ns(len(self.waiting), len(self.running))
+
     def stop(self, branch: Branch, num_output_tokens: int) -> Finished:
         """End one sample, in whose text a stop string was found, with so many output tokens."""
         return self._life.end_branch(branch, RequestStatus.FINISHED_STOP, num_output_tokens)
@@ -140,6 +150,7 @@ class Scheduler:
         that nothing holds back: a bug.
         """
         residents = self._life.residents
+        self._life.now_ns = now_ns
         residents.kv.begin_plan(now_ns)
         batch = BatchBuilder(self.epoch, self._next_step_id, self.limits.max_num_batched_tokens)
         Planner(self._life, batch, now_ns).fill()

@@ -54,6 +54,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int  # with every token its log-probability and those of so many likeliest ones
     cache_salt: bytes | str  # share KV only with requests of the same salt; text as UTF-8
     cache_off: bool  # share KV with no other request
+    priority: int  # class of service, -10 to 10; higher is served first
 
 
 def build_request(

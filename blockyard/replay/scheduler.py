@@ -17,7 +17,8 @@ from blockyard.executor.v1 import executor_pb2 as pb
 from blockyard.replay.difference import Difference, Steps, compare
 from scheduler_svc import plan_codec
 from scheduler_svc.cost_model import CostModel
-from scheduler_svc.engine.admission import RejectedError, build_request
+from scheduler_svc.engine.admission import build_request
+from scheduler_svc.errors import RequestError
 from scheduler_svc.limits import Limits
 from scheduler_svc.plan_log import limits_of
 from scheduler_svc.plan_log_reader import Event
@@ -113,6 +114,8 @@ class SchedulerReplay:
         elif isinstance(event, log_pb.PlanCall):
             plan = scheduler.plan(event.now_ns)
             self._made = None if plan is None else plan_codec.encode(plan)
+            for request in scheduler.take_expired():
+                del self._requests[request.key]
         elif isinstance(event, pb.StepResult):
             self._forget(scheduler.commit(plan_codec.decode(event)).finished)
         elif isinstance(event, pb.CostModel):
@@ -132,9 +135,10 @@ class SchedulerReplay:
                 key=event.key,
                 frontend=event.frontend,
                 now_ns=event.arrival_ns,
+                deadline_ns=event.deadline_ns,
                 text_stop=lambda _stop_strings: self._is_text_stopped,
             )
-        except RejectedError as error:
+        except RequestError as error:
             raise _DivergedError(f"request {event.key} is refused now: {error}") from error
 
     def _is_text_stopped(self, _token_ids: TokenIds) -> bool:

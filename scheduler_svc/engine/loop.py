@@ -11,20 +11,20 @@ import logging
 import time
 from collections.abc import AsyncIterator
 
-import grpc
-
 from blockyard.common.logs import event
 from blockyard.engine.v1 import engine_pb2 as pb
 from blockyard.executor.v1 import executor_pb2
 from scheduler_svc import plan_codec
 from scheduler_svc.config import EngineSettings
 from scheduler_svc.cost_model import CostModel
-from scheduler_svc.engine.admission import RejectedError, build_request, max_branches
+from scheduler_svc.engine.admission import build_request, max_branches, rejection
 from scheduler_svc.engine.beam_pace import BeamPace
 from scheduler_svc.engine.link import FrontendLink
+from scheduler_svc.engine.queue_bound import QueueBound, deadline_error
 from scheduler_svc.engine.reports import finish_message, snapshot_message
 from scheduler_svc.engine.text_stop import TextStops
 from scheduler_svc.engine.tracing import EngineTracing
+from scheduler_svc.errors import Reason, RequestError
 from scheduler_svc.executor_client import (
     ExecutorClient,
     IncompatibleExecutorError,
@@ -34,6 +34,7 @@ from scheduler_svc.executor_client import (
 from scheduler_svc.limits import Limits
 from scheduler_svc.plan_log import PlanLog
 from scheduler_svc.policy import Policy
+from scheduler_svc.request import Request
 from scheduler_svc.scheduler import Scheduler, StuckError
 from scheduler_svc.step_plan import Finished, StepOutput
 
@@ -51,6 +52,7 @@ class Engine:
         self._log = PlanLog(settings.plan_log, self._policy, settings.plan_log_max_bytes)
         self._text_stops = TextStops(settings.model_dir) if settings.model_dir else None
         self._pace = BeamPace()
+        self._bound = QueueBound(settings.max_waiting, settings.max_waiting_tokens)
         self.scheduler: Scheduler | None = None
         self.client = ExecutorClient(
             settings.executor,
@@ -190,6 +192,8 @@ class Engine:
                 logger.critical("%s; starting over", error)
                 self.client.reset(str(error))
                 return
+            for request in scheduler.take_expired():
+                self._expire(request)
             if plan is None:
                 return
             message = plan_codec.encode(plan)
@@ -244,27 +248,28 @@ class Engine:
         for submit in submits.submits:
             try:
                 self._submit(link, submit)
-            except RejectedError as error:
-                link.push_rejection(error.as_rejection(submit.request_id))
+            except RequestError as error:
+                link.push_rejection(rejection(submit.request_id, error))
         self.pump()
 
     def _submit(self, link: FrontendLink, submit: pb.Submit) -> None:
         if self.scheduler is None:
-            raise RejectedError(grpc.StatusCode.UNAVAILABLE, "no executor has connected yet")
-        if len(self.scheduler.waiting) >= self._settings.max_waiting:
-            raise RejectedError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the queue is full ({self._settings.max_waiting} requests); try again later",
+            raise RequestError(
+                Reason.NOT_READY, "no executor has connected yet; retry", retry_delay_s=1.0
             )
         if submit.request_id in link.requests:
-            raise RejectedError(grpc.StatusCode.ALREADY_EXISTS, "request_id is in use")
+            raise RequestError(Reason.INTERNAL_ERROR, "the front end's request_id is in use")
+        num_prompt_tokens = len(submit.prompt_token_ids) // 4
+        self._bound.make_room(self.scheduler, num_prompt_tokens, self._drop_late)
         self._num_requests += 1
+        now_ns = time.monotonic_ns()
         request = build_request(
             submit,
             self.scheduler.limits,
             key=self._num_requests,
             frontend=link.index,
-            now_ns=time.monotonic_ns(),
+            now_ns=now_ns,
+            deadline_ns=_on_clock(submit.deadline_unix_ns, now_ns),
             text_stop=self._text_stops,
         )
         link.requests[submit.request_id] = request
@@ -272,6 +277,21 @@ class Engine:
         self.scheduler.submit(request)
         if self._tracing is not None and submit.HasField("trace"):
             self._tracing.submitted(request, submit.trace)
+
+    def _drop_late(self, request: Request) -> None:
+        """Give up a waiting request that can hardly meet its deadline for one that may."""
+        assert self.scheduler is not None
+        self._log.abort(request.key)
+        self.scheduler.abort(request)
+        self._expire(request)
+
+    def _expire(self, request: Request) -> None:
+        """Tell the front end of a request that was dropped for its deadline."""
+        if self._tracing is not None:
+            self._tracing.ended(request)
+        owner = self._links.get(request.frontend)
+        if owner is not None and owner.requests.pop(request.request_id, None) is not None:
+            owner.push_rejection(rejection(request.request_id, deadline_error()))
 
     def stop(self, link: FrontendLink, stops: pb.StopBatch) -> None:
         """End branches or whole requests early; what has ended already is ignored."""
@@ -333,3 +353,8 @@ class Engine:
         if self.scheduler is None:
             return pb.SnapshotResponse()
         return snapshot_message(self.scheduler)
+
+
+def _on_clock(unix_ns: int, now_ns: int) -> int:
+    """A moment of UNIX time on the clock that says `now_ns` now [ns]; 0 is none on both."""
+    return max(1, now_ns + unix_ns - time.time_ns()) if unix_ns else 0

@@ -22,7 +22,8 @@ from blockyard.common.columns import pack_u32
 from blockyard.common.model_dir import ModelDir
 from blockyard.engine.v1 import engine_pb2 as engine_pb
 from blockyard.v1 import generate_pb2 as pb
-from scheduler_svc.frontend import validation
+from scheduler_svc.errors import Reason, RequestError, invalid, too_long
+from scheduler_svc.frontend import status, validation
 from scheduler_svc.frontend.chat_template import ChatTemplateError
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.fanout import Fanout
@@ -32,7 +33,7 @@ from scheduler_svc.frontend.request_log import RequestRecord
 from scheduler_svc.frontend.responses import UnaryResponse, stream_responses
 from scheduler_svc.frontend.tokenizer import PromptTokenizer
 from scheduler_svc.frontend.tracing import RequestTrace, cancelled_status
-from scheduler_svc.frontend.validation import RequestError, Wanted
+from scheduler_svc.frontend.validation import Wanted
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["GenerateService"].full_name
 
@@ -99,7 +100,7 @@ class GenerateApi:
             while True:
                 output = await _next_output(stream, record)
                 for response in stream_responses(output, stream, record):
-                    await context.write(response)
+                    await stream.write(context.write, response)
                 if output.usage is not None:
                     return
 
@@ -124,7 +125,7 @@ class GenerateApi:
             parse(pb.GetModelRequest, data)
             state = self._engine_state()
         except RequestError as error:
-            await context.abort(error.code, str(error))
+            await status.abort(context, error)
         return pb.GetModelResponse(
             name=self._model.name,
             digest=self._model.digest,
@@ -153,20 +154,21 @@ class GenerateApi:
         self._idle.clear()
         try:
             if self._is_draining:
-                raise RequestError(grpc.StatusCode.UNAVAILABLE, "the server is draining; retry")
+                raise RequestError(Reason.DRAINING, "the server is draining; retry")
             stream = await self._admit(data, context, record, trace, is_streamed=is_streamed)
             return await respond(stream, record)
         except RequestError as error:
-            record.status = error.code.name
-            await context.abort(error.code, str(error))
+            record.status, record.reason = error.code.name, error.reason
+            await status.abort(context, error)
         except asyncio.CancelledError:
             record.status = cancelled_status(context).name
             raise
         except Exception:
             # The service edge: whatever else goes wrong ends this request alone.
             log.exception("request %s failed", record.request_id)
-            record.status = grpc.StatusCode.INTERNAL.name
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error of the front end")
+            failure = RequestError(Reason.INTERNAL_ERROR, "internal error of the front end")
+            record.status, record.reason = failure.code.name, failure.reason
+            await status.abort(context, failure)
         finally:
             if stream is not None:
                 self._link.stop(self._fanout.close(stream))
@@ -226,7 +228,9 @@ class GenerateApi:
     def _engine_state(self) -> engine_pb.EngineState:
         state = self._link.state
         if state is None:
-            raise RequestError(grpc.StatusCode.UNAVAILABLE, "the engine is not ready yet; retry")
+            raise RequestError(
+                Reason.NOT_READY, "the engine is not ready yet; retry", retry_delay_s=1.0
+            )
         return state
 
     async def _tokenise(self, request: pb.GenerateRequest, max_model_len: int) -> list[int]:
@@ -236,21 +240,22 @@ class GenerateApi:
             return list(request.token_ids.ids)
         num_chars = len(request.prompt) + sum(len(m.content) for m in request.chat.messages)
         if num_chars > self._tokenizer.max_text_chars(max_model_len):
-            raise validation.invalid(
+            raise too_long(
+                kind or "input",
                 f"{kind}: {num_chars} characters are more than the {max_model_len} tokens that "
-                "prompt and output may have together"
+                "prompt and output may have together",
             )
         if kind == "prompt":
             return await self._tokenizer.encode_prompt(request.prompt)
         if not self._tokenizer.has_chat_template:
-            raise validation.invalid(
-                "chat: the model has no chat template; send prompt or token_ids"
+            raise invalid(
+                "chat", "cannot be used: the model has no chat template; send prompt or token_ids"
             )
         messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
         try:
             return await self._tokenizer.encode_chat(messages)
         except ChatTemplateError as error:
-            raise validation.invalid(f"chat: {error}") from error
+            raise invalid("chat", f"does not fit the chat template: {error}") from error
 
 
 def _deadline_unix_ns(context: _Context) -> int:
@@ -279,6 +284,7 @@ def _submit(key: int, prompt: list[int], wanted: Wanted, deadline_unix_ns: int) 
         num_logprobs=wanted.num_logprobs,
         cache_salt=wanted.cache.salt,
         cache_off=wanted.cache.off,
+        priority=wanted.priority,
         stop_strings=stopping.strings if beam is not None else (),
     )
 

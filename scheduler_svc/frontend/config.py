@@ -26,6 +26,11 @@ class FrontendSettings(TracingSettings):
         ge=1,
         description="Tokens of one choice that may wait for its reader; more fail that stream.",
     )
+    slow_reader_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="How long a client may take none of its output before its stream fails [s].",
+    )
     drain_grace_s: float = Field(
         30.0, ge=0, description="After SIGTERM, how long open streams may take to finish [s]."
     )

@@ -18,10 +18,13 @@ from blockyard.common.grpc_options import LINK_OPTIONS, short_reason
 from blockyard.common.logs import event
 from blockyard.engine.v1 import engine_pb2 as pb
 from blockyard.engine.v1 import engine_pb2_grpc as pb_grpc
+from scheduler_svc.errors import Reason, RequestError
 from scheduler_svc.frontend.fanout import Fanout, Stop
 
 _RETRY_INTERVAL_S: Final = 0.2
 _INCOMPATIBLE_RETRY_INTERVAL_S: Final = 1.0
+_RETRY_DELAY_S: Final = 1.0
+"""What clients are told: an engine that ended is back after about so long."""
 _MAX_FRAME_BYTES: Final = 1 << 20
 """Of prompts in one frame: the engine takes a frame in one go, and steps must not wait for it."""
 
@@ -172,7 +175,11 @@ class EngineLink:
         self._submits.clear()
         self._stops.clear()
         self._has_outgoing.clear()
-        self._fanout.fail_all(grpc.StatusCode.UNAVAILABLE, "the engine was lost; retry")
+        self._fanout.fail_all(
+            RequestError(
+                Reason.ENGINE_LOST, "the engine was lost; retry", retry_delay_s=_RETRY_DELAY_S
+            )
+        )
         if was_ready:
             self._on_ready_changed(False)
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 from typing import NamedTuple
 
-import grpc
-
 from blockyard.engine.v1 import engine_pb2 as pb
+from scheduler_svc.errors import Reason, RequestError
 from scheduler_svc.frontend.flush_policy import FlushPolicy
 from scheduler_svc.frontend.logprob_columns import LogprobColumns
 from scheduler_svc.frontend.loop_lag import LoopLag
@@ -23,9 +22,6 @@ class Stop(NamedTuple):
     request_id: int  # on the engine's stream
     num_output_tokens: int = 0  # to keep; 0: abort the request
     branch: int = 0  # that a stop string was found in
-
-
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class Fanout:
@@ -67,16 +63,24 @@ class Fanout:
                 stream.finish(finish)
         for rejection in batch.rejections:
             if (stream := self._streams.get(rejection.request_id)) is not None:
-                code = _CODES.get(rejection.code, grpc.StatusCode.INTERNAL)
-                stream.fail(code, rejection.message)
+                stream.fail(_error_of(rejection))
         if self._waiting and self._flush_timer is None:
             self._flush_timer = loop.call_later(interval_s, self._flush)
         return stops
 
-    def fail_all(self, code: grpc.StatusCode, message: str) -> None:
-        """End every open stream with this status."""
+    def fail_all(self, error: RequestError) -> None:
+        """End every open stream with this error."""
         for stream in self._streams.values():
-            stream.fail(code, message)
+            stream.fail(error)
+
+    def end_stalled(self, limit_s: float) -> list[Stop]:
+        """Fail the streams whose client has taken nothing for `limit_s`; the aborts to send."""
+        now_s = asyncio.get_running_loop().time()
+        return [
+            Stop(stream.key)
+            for stream in self._streams.values()
+            if stream.end_if_stalled(now_s, limit_s)
+        ]
 
     def _push_all(self, batch: pb.OutputBatch, *, merge: bool) -> list[Stop]:
         stops: list[Stop] = []
@@ -109,3 +113,13 @@ class Fanout:
         for stream in waiting:
             if stream.wants_waking:
                 stream.ready.set()
+
+
+def _error_of(rejection: pb.Rejection) -> RequestError:
+    known = rejection.reason in Reason.__members__
+    return RequestError(
+        Reason(rejection.reason) if known else Reason.INTERNAL_ERROR,
+        rejection.message,
+        subject=rejection.subject,
+        retry_delay_s=rejection.retry_delay_ns / 1e9 if rejection.retry_delay_ns else None,
+    )

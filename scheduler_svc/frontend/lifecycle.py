@@ -21,6 +21,7 @@ from blockyard.common.model_dir import ModelDir
 from blockyard.common.protocol import ENGINE_PROTOCOL_VERSION
 from blockyard.common.version import software_version
 from blockyard.engine.v1 import engine_pb2
+from scheduler_svc.errors import Reason, RequestError
 from scheduler_svc.frontend.api import SERVICE_NAME, GenerateApi
 from scheduler_svc.frontend.config import FrontendSettings
 from scheduler_svc.frontend.engine_link import EngineLink
@@ -33,6 +34,9 @@ from scheduler_svc.telemetry import export
 
 _STOP_GRACE_S: Final = 1.0
 """For the last statuses to leave."""
+
+_LOOK_EVERY_S: Final = 1.0
+"""For clients that do not read."""
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +94,14 @@ class Frontend:
     async def start(self) -> None:
         """Serve; requests are refused with UNAVAILABLE until the engine is ready."""
         await self._server.start()
-        self._tasks = [asyncio.create_task(self._link.run()), asyncio.create_task(self._lag.run())]
+        runs = (self._link.run(), self._lag.run(), self._end_slow_readers())
+        self._tasks = [asyncio.create_task(run) for run in runs]
+
+    async def _end_slow_readers(self) -> None:
+        limit_s = self._settings.slow_reader_timeout_s
+        while True:
+            await asyncio.sleep(min(_LOOK_EVERY_S, limit_s / 4))
+            self._link.stop(self._fanout.end_stalled(limit_s))
 
     async def run(self, shutdown: asyncio.Event) -> None:
         """Serve until `shutdown` is set or a background task fails, which is a bug and raised."""
@@ -109,7 +120,7 @@ class Frontend:
         if num_left:
             log.warning("%d streams did not finish within the grace", num_left)
             message = "the server is shutting down; retry"
-            self._fanout.fail_all(grpc.StatusCode.UNAVAILABLE, message)
+            self._fanout.fail_all(RequestError(Reason.DRAINING, message))
             await self._api.drain(_STOP_GRACE_S)
         self._health.close()
         await self._server.stop(_STOP_GRACE_S)

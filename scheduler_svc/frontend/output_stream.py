@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import grpc
+from typing import Any, NamedTuple
 
 from blockyard.engine.v1 import engine_pb2 as engine_pb
 from blockyard.v1 import generate_pb2 as pb
+from scheduler_svc.errors import Reason, RequestError
 from scheduler_svc.frontend.choice_output import ChoiceOutput, Chunk
 from scheduler_svc.frontend.detokenizer import new_detokenizer
 from scheduler_svc.frontend.stop_strings import StopStrings
-from scheduler_svc.frontend.validation import RequestError
 from scheduler_svc.frontend.vocabulary import Vocabulary
 
 
@@ -65,6 +63,10 @@ class OutputStream:
         self._running = set(range(options.num_choices))  # branches that the engine works on
         self._usage: EngineUsage | None = None
         self._error: RequestError | None = None
+        # While its handler waits for the transport to take a message: since when, on the event
+        # loop's clock [s], and who waits.
+        self.writing_since_s: float | None = None
+        self._writer: asyncio.Task[Any] | None = None
 
     @property
     def num_output_tokens(self) -> int:
@@ -117,10 +119,7 @@ class OutputStream:
         limit = self._max_buffered_tokens
         if limit is None or choice.num_buffered_tokens <= limit:
             return None
-        self.fail(
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"the client reads too slowly: more than {limit} tokens are waiting for it",
-        )
+        self.fail(_slow_reader(f"more than {limit} tokens are waiting for it"))
         return 0
 
     def finish(self, finish: engine_pb.Finish) -> None:
@@ -133,7 +132,7 @@ class OutputStream:
             return
         if finish.reason == engine_pb.FINISH_REASON_ERROR:
             message = finish.error_message or "the request failed"
-            self._end(RequestError(grpc.StatusCode.INTERNAL, message))
+            self._end(RequestError(Reason.REQUEST_FAILED, message))
             return
         self._choices[finish.branch].finish(finish)
         if is_over:
@@ -146,13 +145,42 @@ class OutputStream:
             )
         self.ready.set()
 
-    def fail(self, code: grpc.StatusCode, message: str) -> None:
+    async def write(self, send: Callable[[bytes], Awaitable[None]], message: bytes) -> None:
+        """Hand a message to the transport, which waits for the client if that reads slowly.
+
+        Raises RequestError if the stream fails meanwhile as that of a slow reader.
+        """
+        self._writer = asyncio.current_task()
+        self.writing_since_s = asyncio.get_running_loop().time()
+        try:
+            await send(message)
+        except asyncio.CancelledError:
+            if self._error is None or self._error.reason is not Reason.SLOW_READER:
+                raise  # the client cancelled, or is gone
+            raise self._error from None
+        finally:
+            self.writing_since_s = None
+
+    def end_if_stalled(self, now_s: float, limit_s: float) -> bool:
+        """Fail the stream if the client has taken nothing for `limit_s`; whether it failed now.
+
+        The engine must then be told to abort.
+        """
+        if self.writing_since_s is None or now_s - self.writing_since_s < limit_s:
+            return False
+        self.fail(_slow_reader(f"it took nothing for {limit_s:g} s"))
+        return True
+
+    def fail(self, error: RequestError) -> None:
         """The engine does not work on it any more: refused, lost, or about to be told to abort.
 
         What was not taken is dropped, but complete output stays valid.
         """
         self._running.clear()
-        self._end(RequestError(code, message))
+        self._end(error)
+        is_slow = error.reason is Reason.SLOW_READER
+        if is_slow and self.writing_since_s is not None and self._writer is not None:
+            self._writer.cancel()  # the transport may never take what it has
 
     def settle(self) -> None:
         """Give up waiting for the engine's numbers."""
@@ -170,13 +198,19 @@ class OutputStream:
         return Output(chunks, self._usage)
 
     def _end(self, error: RequestError) -> None:
-        if all(choice.has_ended for choice in self._choices):
+        is_stuck = error.reason is Reason.SLOW_READER and self.writing_since_s is not None
+        if all(choice.has_ended for choice in self._choices) and not is_stuck:
             self.settle()
             return
         self._error = error
         for choice in self._choices:
             choice.drop()
         self.ready.set()
+
+
+def _slow_reader(problem: str) -> RequestError:
+    message = f"the client reads too slowly: {problem}"
+    return RequestError(Reason.SLOW_READER, message, subject="output not read")
 
 
 def _choices(options: OutputOptions) -> list[ChoiceOutput]:

@@ -10,7 +10,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from scheduler_svc.frontend.validation import invalid
+from scheduler_svc.errors import Reason, RequestError, invalid
 
 _Message = TypeVar("_Message", bound=Message)
 
@@ -22,8 +22,9 @@ def parse(kind: type[_Message], data: bytes) -> _Message:
     except DecodeError as error:
         field = _field_not_utf8(kind.DESCRIPTOR, data)
         if field is None:
-            raise invalid(f"not a valid {kind.DESCRIPTOR.name}: {error}") from error
-        raise invalid(f"{field} is not valid UTF-8") from error
+            message = f"not a valid {kind.DESCRIPTOR.name}: {error}"
+            raise RequestError(Reason.INVALID_FIELD, message) from error
+        raise invalid(field, "is not valid UTF-8") from error
 
 
 def _field_not_utf8(kind: Any, data: bytes) -> str | None:

@@ -22,6 +22,7 @@ class RequestRecord:
         self.num_prompt_tokens = 0
         self.seed = 0
         self.status = "OK"
+        self.reason = ""  # of an error
         self._finish_reasons: set[str] = set()
 
     @property
@@ -42,6 +43,8 @@ class RequestRecord:
             "prompt_tokens": self.num_prompt_tokens,
             "output_tokens": stream.num_output_tokens if stream else 0,
         }
+        if self.reason:
+            fields["reason"] = self.reason
         if stream is not None and stream.num_choices > 1:
             fields["choices"] = stream.num_choices
         if self._finish_reasons:

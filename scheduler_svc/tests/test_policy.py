@@ -9,13 +9,13 @@ from scheduler_svc.cost_model import CostModel
 from scheduler_svc.limits import Limits
 from scheduler_svc.policy import (
     PreemptionMode,
-    WaitingQueue,
     needs_reservation,
     pick_victim,
     should_swap,
 )
 from scheduler_svc.request import Branch, RequestStatus
 from scheduler_svc.tests.driver import make_request
+from scheduler_svc.waiting_queue import WaitingQueue
 
 
 def make(key: int, num_preemptions: int = 0, **fields: Any) -> Branch:

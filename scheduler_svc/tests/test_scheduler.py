@@ -174,7 +174,7 @@ def test_a_queue_of_ended_requests_does_not_grow() -> None:
     for _ in range(300):
         driver.scheduler.abort(driver.submit(4))
     assert list(driver.scheduler.waiting) == blocker.branches
-    assert len(driver.scheduler.waiting._heap) < 100
+    assert len(driver.scheduler.waiting._timely) < 100
 
 
 # ---- pressure

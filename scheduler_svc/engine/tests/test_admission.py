@@ -13,7 +13,8 @@ from blockyard.common.columns import pack_u32
 from blockyard.common.model_dir import ModelDirError
 from blockyard.engine.v1 import engine_pb2 as pb
 from scheduler_svc.beam import EarlyStopping
-from scheduler_svc.engine.admission import RejectedError, TextStop, build_request, max_branches
+from scheduler_svc.engine.admission import TextStop, build_request, max_branches, rejection
+from scheduler_svc.errors import RequestError
 from scheduler_svc.limits import Limits
 from scheduler_svc.request import MAX_BRANCHES, Request, Sampling, TokenIds
 
@@ -60,25 +61,27 @@ def with_beams(**fields: Any) -> pb.Submit:
         (submit(prompt_token_ids=b"\x01\x00\x00"), "whole number"),
         (submit(prompt_token_ids=pack_u32([50])), "token id 50"),
         (submit(prompt_token_ids=pack_u32([2**32 - 1])), "token id 4294967295"),
-        (submit(stop_token_ids=[50]), "stop token"),
+        (submit(stop_token_ids=[50]), "stop.token_ids"),
         (submit(temperature=-1.0), "temperature"),
         (submit(temperature=math.nan), "temperature"),
         (submit(top_p=math.inf), "top_p"),
         (submit(top_p=1.5), "top_p"),
         (submit(min_p=-0.5), "min_p"),
-        (submit(num_logprobs=22), "num_logprobs is 22, at most 21"),
-        (submit(cache_salt=b"s" * 65), "cache_salt has 65 bytes, at most 64"),
+        (submit(num_logprobs=22), "logprobs.num_candidates plus one is 22, at most 21"),
+        (submit(cache_salt=b"s" * 65), "cache.salt has 65 bytes, at most 64"),
         (submit(stop_strings=["\n"]), "front end's business"),
         (submit(num_samples=5), "num_samples is 5, at most 4"),
         (submit(num_samples=2**32 - 1), "num_samples is 4294967295"),
     ],
 )
 def test_what_can_never_run_is_refused(bad: pb.Submit, message: str) -> None:
-    with pytest.raises(RejectedError, match=message) as error:
+    with pytest.raises(RequestError, match=message) as error:
         build(bad)
     assert error.value.code is grpc.StatusCode.INVALID_ARGUMENT
-    rejection = error.value.as_rejection(7)
-    assert (rejection.request_id, rejection.code) == (7, 3)
+    answer = rejection(7, error.value)
+    assert (answer.request_id, answer.message) == (7, str(error.value))
+    assert answer.reason in ("INVALID_FIELD", "TOO_LONG")
+    assert answer.subject
 
 
 @pytest.mark.parametrize(
@@ -86,20 +89,20 @@ def test_what_can_never_run_is_refused(bad: pb.Submit, message: str) -> None:
     [
         (search(width=0), "width is 0, it must be 1 to 4"),
         (search(width=5), "width is 5, it must be 1 to 4"),
-        (search(width=2, num_returned=3), "num_returned is 3, beam.width only 2"),
+        (search(width=2, num_returned=3), "num_choices is 3, beam.width only 2"),
         (search(length_penalty=math.nan), "length_penalty is nan"),
         (search(length_penalty=-math.inf), "length_penalty is -inf"),
         (search(early_stopping=9), "early_stopping is 9"),
-        (with_beams(temperature=0.5), "temperature 0"),
+        (with_beams(temperature=0.5), "sampling.temperature must be 0"),
         (with_beams(num_samples=2), "exclude each other"),
-        (with_beams(num_logprobs=2), "its own tokens only"),
+        (with_beams(num_logprobs=2), "log-probability of their own tokens"),
         # Seven of eight blocks are shared; there are not two for a last one each.
         (search(29), "hold 29 tokens of prompt and output together for 2 beams"),
         (with_beams(max_tokens=18), "exceed the 17 tokens .* for 2 beams"),
     ],
 )
 def test_searches_that_can_never_run_are_refused(bad: pb.Submit, message: str) -> None:
-    with pytest.raises(RejectedError, match=message) as error:
+    with pytest.raises(RequestError, match=message) as error:
         build(bad)
     assert error.value.code is grpc.StatusCode.INVALID_ARGUMENT
 
@@ -108,14 +111,14 @@ def test_a_large_executor_has_limits_too() -> None:
     assert max_branches(LARGE) == MAX_BRANCHES
     assert max_branches(LIMITS) == 4
     assert build(search(width=32), dataclasses.replace(LARGE, num_device_blocks=99)).width == 32
-    with pytest.raises(RejectedError, match="width is 33, it must be 1 to 32"):
+    with pytest.raises(RequestError, match="width is 33, it must be 1 to 32"):
         build(search(width=33), LARGE)
-    with pytest.raises(RejectedError, match="num_samples is 129, at most 128"):
+    with pytest.raises(RequestError, match="num_samples is 129, at most 128"):
         build(submit(num_samples=129), LARGE)
 
 
 def test_stop_strings_of_a_search_need_the_model_directory() -> None:
-    with pytest.raises(RejectedError, match="model directory") as error:
+    with pytest.raises(RequestError, match="model directory") as error:
         build(with_beams(stop_strings=["x"]))
     assert error.value.code is grpc.StatusCode.FAILED_PRECONDITION
 
@@ -124,7 +127,7 @@ def test_a_model_directory_that_cannot_be_read_refuses_the_request_alone() -> No
     def unreadable(strings: Sequence[str]) -> Callable[[TokenIds], bool]:
         raise ModelDirError("no tokenizer.json")
 
-    with pytest.raises(RejectedError, match=r"no tokenizer\.json") as error:
+    with pytest.raises(RequestError, match=r"no tokenizer\.json") as error:
         build(with_beams(stop_strings=["x"]), text_stop=unreadable)
     assert error.value.code is grpc.StatusCode.FAILED_PRECONDITION
 

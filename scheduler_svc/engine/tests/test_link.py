@@ -169,7 +169,7 @@ async def test_log_probabilities_of_one_front_end_are_found_among_others() -> No
 
 async def test_rejections_and_finishes_need_no_tokens() -> None:
     link = FrontendLink(LINK, "f")
-    link.push_rejection(pb.Rejection(request_id=5, code=3))
+    link.push_rejection(pb.Rejection(request_id=5, reason="TOO_LONG"))
     output = await next_output(link)
     assert [rejection.request_id for rejection in output.rejections] == [5]
     link.push_finish(pb.Finish(request_id=6))

@@ -176,7 +176,11 @@ async def test_rejection_is_sent_before_any_header(service: Service) -> None:
     call = service.stub.Generate(prompt_request())
     submit, _ = await service.engine.next_submit()
     rejection = engine_pb2.Rejection(
-        request_id=submit.request_id, code=8, message="the queue is full"
+        request_id=submit.request_id,
+        message="the queue is full",
+        reason="QUEUE_FULL",
+        subject="waiting requests",
+        retry_delay_ns=2_500_000_000,
     )
     await service.engine.send(engine_pb2.OutputBatch(rejections=[rejection]))
     await expect_status(messages_of(call), grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
@@ -196,7 +200,9 @@ async def test_retry_policy_gets_past_unavailable(service: Service) -> None:
     async with grpc.aio.insecure_channel(address, options=options) as channel:
         call = type(service.stub)(channel).Generate(prompt_request())
         submit, _ = await service.engine.next_submit()
-        refusal = engine_pb2.Rejection(request_id=submit.request_id, code=14, message="later")
+        refusal = engine_pb2.Rejection(
+            request_id=submit.request_id, reason="NOT_READY", message="later"
+        )
         await service.engine.send(engine_pb2.OutputBatch(rejections=[refusal]))
         submit, _ = await service.engine.next_submit()
         await service.engine.send_tokens(submit.request_id, [50], finished("LENGTH"))

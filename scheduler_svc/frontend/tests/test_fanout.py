@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from blockyard.engine.v1 import engine_pb2 as pb
+from scheduler_svc.errors import RequestError
 from scheduler_svc.frontend import flush_policy
 from scheduler_svc.frontend.choice_output import Chunk
 from scheduler_svc.frontend.fanout import Fanout, Stop
@@ -13,7 +14,6 @@ from scheduler_svc.frontend.flush_policy import FlushPolicy
 from scheduler_svc.frontend.loop_lag import LoopLag
 from scheduler_svc.frontend.output_stream import OutputOptions, OutputStream
 from scheduler_svc.frontend.tests.fake_engine import branch_batch, finished
-from scheduler_svc.frontend.validation import RequestError
 
 
 def open_stream(fanout: Fanout, max_buffered_tokens: int | None = 100) -> OutputStream:
@@ -102,7 +102,7 @@ async def test_unknown_and_closed_requests_are_ignored() -> None:
     finish = finished("LENGTH")
     finish.request_id = stream.key
     batch = pb.OutputBatch(request_ids=[stream.key], token_ids=[7], finishes=[finish])
-    batch.rejections.add(request_id=99, code=3)
+    batch.rejections.add(request_id=99, reason="TOO_LONG")
     assert fanout.apply(batch) == []
 
 
@@ -175,10 +175,10 @@ async def test_full_buffer_fails_one_stream_and_aborts_it() -> None:
     assert fanout.close(slow) == []
 
 
-async def test_unknown_rejection_code_is_internal() -> None:
+async def test_unknown_rejection_reason_is_internal() -> None:
     fanout = Fanout(LoopLag())
     stream = open_stream(fanout)
-    rejection = pb.Rejection(request_id=stream.key, code=99, message="?")
+    rejection = pb.Rejection(request_id=stream.key, reason="NEW", message="?")
     fanout.apply(pb.OutputBatch(rejections=[rejection]))
     with pytest.raises(RequestError) as caught:
         stream.take()

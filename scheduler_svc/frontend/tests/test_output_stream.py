@@ -3,15 +3,14 @@ from __future__ import annotations
 import asyncio
 import time
 
-import grpc
 import pytest
 
 from blockyard.v1 import generate_pb2 as pb
+from scheduler_svc.errors import Reason, RequestError
 from scheduler_svc.frontend.choice_output import Chunk
 from scheduler_svc.frontend.loop_lag import LoopLag
 from scheduler_svc.frontend.output_stream import Output, OutputOptions, OutputStream
 from scheduler_svc.frontend.tests.fake_engine import finished
-from scheduler_svc.frontend.validation import RequestError
 from scheduler_svc.frontend.vocabulary import ByteLevelVocabulary
 
 STOP_ID = 256
@@ -86,7 +85,7 @@ def test_even_the_end_can_complete_a_stop_string() -> None:
 def test_loss_after_a_stop_string_is_no_error() -> None:
     stream = stream_of("b")
     assert stream.push(0, b"abc") == 2
-    stream.fail(grpc.StatusCode.UNAVAILABLE, "lost")
+    stream.fail(RequestError(Reason.ENGINE_LOST, "lost"))
     output = taken(stream)
     (chunk,) = output.chunks
     assert (chunk.text, chunk.token_ids) == ("a", list(b"ab"))
@@ -113,7 +112,7 @@ def test_numbers_come_with_the_last_end_or_not_at_all() -> None:
 def test_loss_before_the_last_choice_ended_is_an_error() -> None:
     stream = stream_of("b", num_choices=2)
     stream.push(0, b"ab")
-    stream.fail(grpc.StatusCode.UNAVAILABLE, "lost")
+    stream.fail(RequestError(Reason.ENGINE_LOST, "lost"))
     with pytest.raises(RequestError, match="lost"):
         stream.take()
 
@@ -134,7 +133,7 @@ def test_a_beam_is_cut_at_its_stop_string_but_ends_with_its_score() -> None:
 def test_failure_drops_what_was_not_taken() -> None:
     stream = stream_of()
     stream.push(0, b"abc")
-    stream.fail(grpc.StatusCode.UNAVAILABLE, "lost")
+    stream.fail(RequestError(Reason.ENGINE_LOST, "lost"))
     stream.finish(finished("LENGTH"))
     with pytest.raises(RequestError, match="lost"):
         stream.take()

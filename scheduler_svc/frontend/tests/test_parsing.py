@@ -4,8 +4,8 @@ import grpc
 import pytest
 
 from blockyard.v1 import generate_pb2 as pb
+from scheduler_svc.errors import RequestError
 from scheduler_svc.frontend.parsing import parse
-from scheduler_svc.frontend.validation import RequestError
 
 
 def wire(request: pb.GenerateRequest) -> bytes:

@@ -9,8 +9,8 @@ import pytest
 from blockyard.common.model_dir import SamplingDefaults
 from blockyard.engine.v1 import engine_pb2
 from blockyard.v1 import generate_pb2 as pb
+from scheduler_svc.errors import RequestError
 from scheduler_svc.frontend import validation
-from scheduler_svc.frontend.validation import RequestError
 
 VOCAB_SIZE = 50
 MAX_BRANCHES = 16
@@ -28,9 +28,9 @@ def expect_invalid(message: str, function: Any, *arguments: object) -> None:
     [
         ({}, "one of prompt, token_ids, chat"),
         ({"prompt": ""}, "prompt is empty"),
-        ({"token_ids": pb.TokenIds()}, "token_ids is empty"),
-        ({"token_ids": pb.TokenIds(ids=[0, VOCAB_SIZE])}, "token_ids holds 50; .* 50 ids"),
-        ({"token_ids": pb.TokenIds(ids=[2**32 - 1])}, "token_ids holds 4294967295"),
+        ({"token_ids": pb.TokenIds()}, "token_ids.ids is empty"),
+        ({"token_ids": pb.TokenIds(ids=[0, VOCAB_SIZE])}, "token_ids.ids holds 50; .* 50 ids"),
+        ({"token_ids": pb.TokenIds(ids=[2**32 - 1])}, "token_ids.ids holds 4294967295"),
         ({"chat": pb.ChatMessages()}, "chat.messages is empty"),
         (
             {
