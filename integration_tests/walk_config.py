@@ -97,7 +97,7 @@ def random_weather(rng: random.Random) -> Weather:
         abort=often(0.1),
         poison=often(0.05),
         flush=often(0.05),
-        hurry=random_hurry(random.Random(hash(rng.getstate()))),
+        hurry=random_hurry(random.Random(hash(rng.getstate()[1]))),
     )
 
 
