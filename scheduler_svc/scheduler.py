@@ -33,7 +33,7 @@ from scheduler_svc.step_plan import (
 )
 from scheduler_svc.waiting_queue import WaitingQueue
 
-MAX_SUSPICIONS = 3
+MAX_SUSPICIONS = 4
 """A branch in flight at this many epoch ends in a row, with no token in between, fails."""
 
 
