@@ -26,6 +26,7 @@ from blockyard.executor.v1 import executor_pb2 as pb
 from executor_svc import plan as plans
 from executor_svc.backends.base import Linear
 from executor_svc.backends.cpu.backend import CpuBackend
+from executor_svc.backends.cpu.linear import CpuLinear
 from executor_svc.model.config import ModelConfig, parse_config
 from executor_svc.model_runner import ModelRunner
 from executor_svc.row_state import RowState
@@ -178,7 +179,9 @@ def measure_products(bench: StepBench, watch: Stopwatch) -> list[dict[str, float
     """The matrix products of one step: plain torch.nn.functional.linear, and as packed here."""
     weights = step_weights(bench.config)
     plain = [partial(torch.nn.functional.linear, weight=weight) for weight in weights]
-    packed = [bench.backend.pack_linear(weight, None) for weight in weights]
+    packed = [CpuLinear(weight, None) for weight in weights]
+    for linear in packed:
+        linear.drop_plain()
     found = []
     for num_rows in _ROWS:
         inputs = [torch.randn(num_rows, weight.shape[1]) for weight in weights]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import uvloop
@@ -19,7 +20,7 @@ from executor_svc.config import ExecutorSettings
 from executor_svc.kv_pool import KvPoolError
 from executor_svc.loading import load_runner
 from executor_svc.model.errors import ModelError
-from executor_svc.runner import FatalDeviceError
+from executor_svc.runner import FatalDeviceError, Runner
 from executor_svc.server import serve
 
 _PROGRESS_STEP: Final = 0.25
@@ -44,10 +45,20 @@ class _Progress:
         logs.event(log, stage, percent=round(100 * fraction))
 
 
+def _load(settings: ExecutorSettings) -> Runner:
+    """Load in a thread that ends: OpenMP's idle workers go with it.
+
+    Those of a thread that lives on count as competitors of the launching thread's, which then may
+    not spin between two kernels: a step of one row took a third longer.
+    """
+    with ThreadPoolExecutor(1) as loader:
+        return loader.submit(load_runner, settings, _Progress()).result()
+
+
 def _serve(settings: ExecutorSettings) -> int:
     claim(settings.listen)  # before the model is loaded, not after
     try:
-        uvloop.run(serve(load_runner(settings, _Progress()), settings.listen))
+        uvloop.run(serve(_load(settings), settings.listen))
     except FatalDeviceError as error:
         log.error("device lost: %s", error)
         return DEVICE_LOST

@@ -268,7 +268,9 @@ def _load_model(
 ) -> LlamaModel:
     backend.use_threads()
     with torch.inference_mode(), Weights(directory.weight_files) as weights:
-        return load_llama(config, weights, backend, progress)
+        model = load_llama(config, weights, backend, progress)
+        backend.choose_products()
+        return model
 
 
 def _select(hidden: torch.Tensor, indices: IntArray) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from executor_svc.backends.base import Linear
 from executor_svc.backends.cpu import attention, glue, work
 from executor_svc.backends.cpu.jit import MAX_THREADS
+from executor_svc.backends.cpu.linear import CpuLinear, choose_plain
 from executor_svc.backends.cpu.simd import LANES, FloatArray
 from executor_svc.kv_pool import KvPool
 from executor_svc.model.config import ModelConfig
@@ -23,8 +24,6 @@ from executor_svc.runner import IntArray, StepBatch
 # Enough query vectors per (query tile, KV head) that keys read from cache are used well, few
 # enough that their scores stay in the first-level cache.
 _QUERIES_PER_TILE: Final = 32
-# oneDNN lays packed weights out for about this many rows; one to hundreds are as fast.
-_PACKED_FOR_ROWS: Final = 64
 
 _NO_NORM: Final = np.empty(0, np.float32)
 
@@ -74,6 +73,7 @@ class CpuBackend:
         )
         self._angles = config.rope.angles(max_model_len).reshape(-1)
         self._pool: FloatArray = np.empty(0, np.float32)
+        self._linears: list[CpuLinear] = []
         self._step: _Step | None = None
         self._residual = torch.empty(max_tokens, config.hidden_size)
         self._normed = torch.empty(max_tokens, config.hidden_size)
@@ -105,19 +105,18 @@ class CpuBackend:
         return weight.to(torch.float32)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """See Backend. oneDNN's packed form: 2.5 times as fast as torch.nn.functional.linear."""
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
-        product = torch.ops.mkldnn._linear_pointwise.default
-
-        def linear(x: Tensor) -> Tensor:
-            result: Tensor = product(x, packed, bias, "none", [], "")
-            return result
-
+        """See Backend."""
+        linear = CpuLinear(weight, bias)
+        self._linears.append(linear)
         return linear
 
     def pack_head(self, weight: Tensor) -> Linear:
         """See Backend."""
         return self.pack_linear(weight, None)
+
+    def choose_products(self) -> bool:
+        """Once all weights are packed: whether a row or two are multiplied with plain ones."""
+        return choose_plain(self._linears)
 
     def begin_step(self, batch: StepBatch, block_table: IntArray) -> None:
         """Lay out the work of one step; block_table is [max_rows, max_blocks_per_row]."""
