@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from executor_svc.backends.cpu import linear as linears
+
 from executor_svc.backends.cpu.linear import CpuLinear, choose_plain
 
 
@@ -29,7 +30,7 @@ def test_whole_models_are_compared(
     plain_ns: int, is_kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: Iterator[int] = iter([0, plain_ns, plain_ns + 20] * 100)
-    monkeypatch.setattr(linears.time, "perf_counter_ns", lambda: next(steps))
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: next(steps))
     model = [CpuLinear(torch.randn(16, 16), None) for _ in range(3)]
     assert choose_plain(model) is is_kept
     assert all((linear._plain is not None) is is_kept for linear in model)
