@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-
 from executor_svc.backends.cpu.linear import CpuLinear, choose_plain
 
 
