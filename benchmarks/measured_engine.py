@@ -22,6 +22,7 @@ from scheduler_svc.config import EngineSettings
 from scheduler_svc.engine import __main__ as entry
 from scheduler_svc.engine import loop
 from scheduler_svc.engine.link import FrontendLink
+from scheduler_svc.engine.tracing import EngineTracing
 from scheduler_svc.limits import Limits
 from scheduler_svc.policy import Policy
 from scheduler_svc.scheduler import Scheduler
@@ -131,8 +132,10 @@ class MeasuredLink(FrontendLink):
 class MeasuredEngine(loop.Engine):
     """Times publishing, and watches how late the event loop is."""
 
-    def __init__(self, recorder: Recorder, settings: EngineSettings) -> None:
-        super().__init__(settings)
+    def __init__(
+        self, recorder: Recorder, settings: EngineSettings, tracing: EngineTracing | None
+    ) -> None:
+        super().__init__(settings, tracing)
         self._recorder = recorder
         self._lag_task = asyncio.get_running_loop().create_task(self._watch_lag())
 

@@ -71,11 +71,10 @@ def test_prefill_on_hopper(head_dim: int, element: ElementType) -> None:
     assert kernel.shared_bytes <= MAX_SHARED_BYTES["sm_90a"]
 
 
-def test_only_hopper_gets_the_kernel_for_hopper() -> None:
+def test_nothing_chooses_the_kernel_for_hopper_yet() -> None:
     for shape in COMBINATIONS:
         for target in TARGETS:
-            is_wgmma = prefill_kernel(shape, target).variant.name == "prefill_wgmma"
-            assert is_wgmma == (target == "sm_90a" and shape.head_dim in (64, 128))
+            assert prefill_kernel(shape, target).variant.name == "prefill"
 
 
 def test_sixteen_heads_of_256_dimensions_fit_the_registers() -> None:
