@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from executor_svc.plan import Plan
     from executor_svc.row_state import RowState
 
-_PARAMETERS: Final = ("temperature", "top_p", "min_p", "seeds", "branches")
+_PARAMETERS: Final = ("top_p", "min_p", "seeds", "branches")
+_MIN_TEMPERATURE: Final = 1e-6
 _MAX_TOP_K: Final = 2**31 - 1
 
 
@@ -133,6 +134,7 @@ class CudaRunner:
 
     def reset(self) -> None:
         """See Runner. Rows hold nothing that a new row could read."""
+        self._before = None
 
     @torch.inference_mode()
     def launch(self, plan: Plan, state: RowState, batch: StepBatch) -> LaunchedStep | EmptyStep:
@@ -257,6 +259,9 @@ class CudaRunner:
             raise NotImplementedError("penalties are not computed on the GPU")
         for name in _PARAMETERS:
             arena.fill(name, getattr(state, name)[rows])
+        # So low that scores overflow or lose the Gumbel noise to rounding: greedy but for ties.
+        temperature = state.temperature[rows]
+        arena.fill("temperature", np.where(temperature < _MIN_TEMPERATURE, 0, temperature))
         arena.fill("top_k", np.minimum(state.top_k[rows], _MAX_TOP_K))
         arena.fill("positions", batch.sample_positions)
         arena.fill("rows", rows)
