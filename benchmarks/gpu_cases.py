@@ -6,7 +6,7 @@ launch reads was last touched 31 launches ago and has left the second-level cach
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from cupy_kernels.decode import Decode, DecodeWork, SplitPlanner, item_capacity
 from cupy_kernels.device import Device
 from cupy_kernels.launch import Launch
-from cupy_kernels.prefill import Prefill, prefill_items
+from cupy_kernels.prefill import Prefill, PrefillKernel, prefill_items
 from cupy_kernels.sample import Sample, SamplingColumns
 from cupy_kernels.shape import AttentionShape
 from cupy_kernels.write_kv import WriteKv
@@ -117,14 +117,21 @@ def decode_step(device: Device, pool: Pool, lengths: Sequence[int]) -> DecodeSte
 
 @dataclass(frozen=True, slots=True)
 class PrefillStep:
-    """Launches of one prefill step."""
+    """Launches of one prefill step by each kernel; `keep` holds the memory that they use."""
 
-    attend: list[Launch]
+    attend: dict[str, list[Launch]]
     flops: float  # per layer
     keep: tuple[object, ...]
 
 
-def prefill_step(device: Device, pool: Pool, num_rows: int, new: int, computed: int) -> PrefillStep:
+def prefill_step(
+    device: Device,
+    pool: Pool,
+    kernels: Mapping[str, PrefillKernel],
+    num_rows: int,
+    new: int,
+    computed: int,
+) -> PrefillStep:
     """All layers of a step of equal rows, `new` tokens after `computed` ones each."""
     shape = pool.shape
     table = pool.table([new + computed] * num_rows)
@@ -133,18 +140,22 @@ def prefill_step(device: Device, pool: Pool, num_rows: int, new: int, computed: 
     device_items = torch.from_numpy(items).cuda()
     qkv = random_qkv(shape, num_rows * new)
     out = torch.empty(len(qkv), shape.num_heads * shape.head_dim, device="cuda").bfloat16()
-    prefill = Prefill(device, shape)
-    attend = [
-        prefill.pack(
-            query=qkv,
-            out=out,
-            pool=pool.blocks,
-            layer=layer,
-            block_table=table,
-            items=device_items,
-        )
-        for layer in range(shape.num_layers)
-    ]
+
+    def launches(kernel: PrefillKernel) -> list[Launch]:
+        prefill = Prefill(device, shape, kernel)
+        return [
+            prefill.pack(
+                query=qkv,
+                out=out,
+                pool=pool.blocks,
+                layer=layer,
+                block_table=table,
+                items=device_items,
+            )
+            for layer in range(shape.num_layers)
+        ]
+
+    attend = {name: launches(kernel) for name, kernel in kernels.items()}
     pairs = new * computed + new * (new + 1) / 2
     flops = 4 * shape.head_dim * shape.num_heads * num_rows * pairs
     return PrefillStep(attend, flops, (table, device_items, qkv, out))

@@ -2,7 +2,8 @@
 
 vLLM 0.26.0 on an NVIDIA H100 80GB HBM3 (torch 2.11, CUDA 13.0), bf16, random weights, default
 settings with CUDA graphs and torch.compile, prefix caching off. In one process, without a server
-or streams; A(r) with its AsyncLLM. Times hold on that GPU only.
+or streams; A(r) with its AsyncLLM. They hold on that kind of GPU only, for prompts computed whole:
+whatever ran elsewhere, or found tokens in the prefix cache, is not compared.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any, Final, Literal
 from benchmarks.report import Target
 
 Json = Mapping[str, Any]
+
+DEVICE: Final = "H100 80GB HBM3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +117,20 @@ FIGURES: Final[dict[str, dict[str, list[Figure]]]] = {
 """By model and workload."""
 
 
+def incomparable(report: Json) -> str:
+    """Why a workload's report cannot be held against the figures; empty if it can."""
+    device = _in(report, "model.device")
+    if not isinstance(device, str) or DEVICE not in device:
+        return f"the figures are of an {DEVICE}, this ran on {device or 'an unknown device'}"
+    if num_cached := _num_cached(report):
+        return f"{num_cached} prompt tokens came from the prefix cache, which the figures' had off"
+    return ""
+
+
 def compare(model: str, workload: str, report: Json) -> Iterator[Comparison]:
-    """Every figure of a workload that the report has a number for."""
+    """Every figure of a workload that the report has a number for; none if it is incomparable."""
+    if incomparable(report):
+        return
     for figure in FIGURES.get(model, {}).get(workload, []):
         ours = _at(report, figure.path)
         if ours is not None:
@@ -139,8 +154,20 @@ def targets(comparisons: list[Comparison]) -> list[Target]:
     ]
 
 
+def _num_cached(report: Json) -> int:
+    """Of the load and, for L(B), of the prompts before it."""
+    counts = [_in(report, f"{part}.num_cached_tokens") for part in ("load", "prefill")]
+    return sum(count for count in counts if isinstance(count, int))
+
+
 def _at(report: Json, path: str) -> float | None:
+    value = _in(report, path)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _in(report: Json, path: str) -> Any:
+    """What stands at a path like "load.requests_per_s"; None if nothing does."""
     value: Any = report
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
-    return float(value) if isinstance(value, int | float) else None
+    return value

@@ -1,14 +1,16 @@
 """Speed of the GPU kernels, against what the memory of the same device gives in the same run.
 
-    python -m benchmarks.gpu_kernels
+    python -m benchmarks.gpu_kernels [--parts prefill,sample]
 
 Decode is reported as a share of the measured read ceiling, beside the share that FlashAttention-3
 (as vLLM 0.26 ships it, paged, page 16) reached of its own run's ceiling on an H100: the devices
-differ, so absolute times do not compare. Every part survives the failure of another.
+differ, so absolute times do not compare. Every part survives the failure of another; if only some
+are asked for, nothing is written.
 """
 
 from __future__ import annotations
 
+import argparse
 import pathlib
 import sys
 import tempfile
@@ -30,8 +32,7 @@ from cupy_kernels.copy_blocks import CopyBlocks
 from cupy_kernels.cubins import target_of
 from cupy_kernels.decode import SplitPlanner
 from cupy_kernels.device import Device
-from cupy_kernels.launch import Launch
-from cupy_kernels.prefill import Prefill, plain_prefill
+from cupy_kernels.prefill import PrefillKernel, plain_prefill, prefill_kernel, wgmma_prefill
 from cupy_kernels.shape import AttentionShape
 from cupy_kernels.variants import model_variants
 from cupy_kernels.write_kv import WriteKv
@@ -282,41 +283,35 @@ def dense_us(rows: int, tokens: int, backend: SDPBackend) -> float:
         return graph_us([attend] * 4)
 
 
-def by_plain_kernel(device: Device, pool: cases.Pool, step: cases.PrefillStep) -> list[Launch]:
-    """A prefill step's launches with the kernel for all GPUs."""
-    table, items, query, out = (part for part in step.keep if isinstance(part, Tensor))
-    prefill = Prefill(device, pool.shape, plain_prefill(pool.shape))
-    return [
-        prefill.pack(
-            query=query,
-            out=out,
-            pool=pool.blocks,
-            layer=layer,
-            block_table=table,
-            items=items,
-        )
-        for layer in range(pool.shape.num_layers)
-    ]
+def prefill_kernels(device: Device, shape: AttentionShape) -> dict[str, PrefillKernel]:
+    """Those that a device can run, whichever of them is chosen for it."""
+    found = {"plain": plain_prefill(shape)}
+    if target_of(device.capability) == "sm_90a":
+        found["wgmma"] = wgmma_prefill(shape)
+    return found
 
 
 def prefills(device: Device, _: float) -> tuple[Results, list[Target]]:
-    """Prompts and chunks; beside it the kernel for all GPUs, torch's dense ones, FA3 on an H100."""
+    """Prompts and chunks, by each kernel; beside it torch's dense ones, FA3 on an H100."""
     pool = cases.Pool.random(AttentionShape(4, 32, 8, 128, 16), 2_600)
+    kernels = prefill_kernels(device, pool.shape)
+    chosen = prefill_kernel(pool.shape, target_of(device.capability))
     results: Results = {}
     targets = []
     for (rows, new, computed), fa3 in FA3_H100_PREFILL.items():
         name = f"{rows} x {new} after {computed}"
-        step = cases.prefill_step(device, pool, rows, new, computed)
-        tflops = step.flops / graph_us(step.attend) / 1e6
-        plain = step.flops / graph_us(by_plain_kernel(device, pool, step)) / 1e6
-        results[name] = {"tflops": tflops, "plain_tflops": plain, "fa3_h100_tflops": fa3}
+        step = cases.prefill_step(device, pool, kernels, rows, new, computed)
+        speeds = {kernel: step.flops / graph_us(step.attend[kernel]) / 1e6 for kernel in kernels}
+        tflops = next(speeds[kernel] for kernel in kernels if kernels[kernel] == chosen)
+        results[name] = {"tflops": tflops, "fa3_h100_tflops": fa3}
+        results[name] |= {f"{kernel}_tflops": speed for kernel, speed in speeds.items()}
         if computed == 0:
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 dense = step.flops / dense_us(rows, new, backend) / 1e6
                 results[name][f"torch_{backend.name.lower()}_tflops"] = dense
             flash = results[name]["torch_flash_attention_tflops"]
             targets.append(Target(f"prefill {name}: TFLOP/s", tflops, ">=", flash))
-        print(f"prefill {name}: {results[name]}")
+        print(f"prefill {name}: {results[name]}", flush=True)
     return results, targets
 
 
@@ -333,8 +328,20 @@ PARTS: Final[dict[str, Callable[[Device, float], tuple[Results, list[Target]]]]]
 }
 
 
+def _parts() -> list[str]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels")
+    parser.add_argument("--parts", help=f"comma-separated; default: {','.join(PARTS)}")
+    names: str | None = parser.parse_args().parts
+    chosen = list(PARTS) if names is None else [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in PARTS:
+            parser.error(f"unknown part {name!r}; known are {', '.join(PARTS)}")
+    return chosen
+
+
 def main() -> int:
-    """Run all parts; 0: all targets met, 1: one missed, 2: a part could not run."""
+    """Run the parts; 0: all targets met, 1: one missed, 2: a part could not run."""
+    parts = _parts()
     device = Device.open()
     read = read_ceiling(device)
     results: Results = {
@@ -351,9 +358,9 @@ def main() -> int:
     print(results["device"])
     targets: list[Target] = []
     has_failed = False
-    for name, part in PARTS.items():
+    for name in parts:
         try:
-            results[name], more = part(device, read)
+            results[name], more = PARTS[name](device, read)
             targets += more
         except Exception:  # noqa: BLE001 - the other parts are worth their device time
             traceback.print_exc()
@@ -361,7 +368,8 @@ def main() -> int:
         torch.cuda.empty_cache()
     print_table("Parts", ("part", "cases"), [(name, len(found)) for name, found in results.items()])
     are_met = print_targets(targets)
-    write("gpu_kernels", results, targets)
+    if parts == list(PARTS):
+        write("gpu_kernels", results, targets)
     return 2 if has_failed else 0 if are_met else 1
 
 

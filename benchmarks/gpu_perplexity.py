@@ -28,6 +28,7 @@ _MAX_DEVIATION_PERCENT: Final = 0.1
 _MAX_ERROR_RATIO: Final = 1.25
 """Mean error against float32, ours over transformers'."""
 _KV_BYTES: Final = 64 << 20
+_NAN_BYTE: Final = 0xFF  # two of them are NaN in bfloat16 and in half precision
 _OURS: Final = {"prefill at once": PAGE_TOKENS, f"chunks of {CHUNK_TOKENS}": CHUNK_TOKENS}
 
 Results = dict[str, Any]
@@ -60,9 +61,16 @@ def measure(model_path: Path, transformers: Transformers) -> tuple[Results, list
 
 
 def next_logprobs(runner: CudaRunner, tokens: list[int], chunk: int) -> Tensor:
-    """Log-probability of each token but the first [n - 1], prefilled in chunks in a new epoch."""
+    """Log-probability of each token but the first [n - 1], prefilled in chunks in a new epoch.
+
+    In blocks that depend on `chunk`; what others left in any block is NaN now, so that whatever
+    reads it would show.
+    """
     runner.reset()
-    driver = PlanDriver(runner)
+    torch.cuda.synchronize()
+    runner.pool.blocks.fill_(_NAN_BYTE)
+    torch.cuda.synchronize()
+    driver = PlanDriver(runner, seed=chunk)
     new: dict[str, Any] = {
         "new_rows": new_rows({"row": 0, "tokens": tokens, "blocks": driver.take(len(tokens))})
     }

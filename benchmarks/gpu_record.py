@@ -80,10 +80,11 @@ class Session:
         fresh.replace(path)
 
     def results(self) -> Json:
-        """Records, comparisons with vLLM, and the ratio to transformers."""
+        """Records, comparisons with vLLM and why others are none, the ratio to transformers."""
         return {
             "records": self._records,
             "comparisons": [asdict(comparison) for comparison in self.comparisons()],
+            "not_comparable": self.incomparable(),
             "speed_over_transformers": self._hf_ratio(),
         }
 
@@ -91,10 +92,21 @@ class Session:
         """Every figure that vLLM has too, of loads in which nothing failed."""
         return [
             comparison
-            for record in self._records
-            if "error" not in record
+            for record in self._loads()
             for comparison in gpu_figures.compare(record["stage"], record["name"], record)
         ]
+
+    def incomparable(self) -> dict[str, str]:
+        """Loads that vLLM has figures of, too, but which may not be held against them: why."""
+        reasons = {
+            f"{record['stage']} {record['name']}": gpu_figures.incomparable(record)
+            for record in self._loads()
+            if record["name"] in gpu_figures.FIGURES.get(record["stage"], {})
+        }
+        return {load: reason for load, reason in reasons.items() if reason}
+
+    def _loads(self) -> list[Json]:
+        return [record for record in self._records if "load" in record and "error" not in record]
 
     def targets(self) -> list[Target]:
         """Those that this session can tell of."""

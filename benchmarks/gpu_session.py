@@ -41,6 +41,7 @@ from benchmarks.gpu_stages import (
 )
 from blockyard.bench.report import Options, measure
 from blockyard.bench.summary import Summary
+from blockyard.client import Endpoint
 from blockyard.launcher.child import ServeError
 from blockyard.launcher.config import ServeSettings
 from blockyard.launcher.server import LocalServer
@@ -150,7 +151,7 @@ def _measured(session: Session, server: LocalServer, load: Load) -> Callable[[],
     async def work() -> Json:
         limit_s = max(5.0, min(_MAX_SLOWNESS * load.seconds, session.left_s))
         options = Options(
-            server.address,
+            Endpoint(server.address),
             num_clients=session.flags.clients,
             num_warm_ups=session.flags.warm_ups,
             time_limit_s=limit_s,
@@ -264,6 +265,8 @@ def _print_results(session: Session) -> None:
     if rows:
         headers = ("what", "ours", "vLLM", "speed / vLLM's")
         report.print_table("Beside vLLM 0.26 on an H100", headers, rows)
+    for load, reason in session.incomparable().items():
+        print(f"\n{load} is not comparable with vLLM's: {reason}")
     ratio = session.results()["speed_over_transformers"]
     if ratio is not None:
         print(f"\nW1: {ratio:.1f} times transformers' static batch of 32")

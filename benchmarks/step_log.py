@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.report import print_table
 from blockyard.engine.v1 import plan_log_pb2 as log_pb
 from blockyard.executor.v1 import executor_pb2 as pb
-from executor_svc.cost_model import fit_steps, step_features
+from executor_svc.cost_model import fit_steps, predict_ns, step_features
 from executor_svc.plan import Plan, decode
 from executor_svc.row_state import RowState
 from executor_svc.runner import RunnerInfo, StepBatch
@@ -126,14 +126,15 @@ def by_kind(steps: Sequence[Step]) -> list[Json]:
 
 
 def fit(info: RunnerInfo, steps: Sequence[Step]) -> tuple[pb.CostModel, np.ndarray]:
-    """Prices of all steps, and the relative error of each step's time [num_steps]."""
+    """Prices of all steps, and the relative error of each step's time [num_steps].
+
+    Steps of each magnitude of tokens weigh the same in all, else those of few tokens would decide.
+    """
     features = np.array([step_features(info, step.plan, step.batch) for step in steps])
     times = np.array([step.device_ns for step in steps], np.float64)
-    cost = fit_steps(features, times)
-    prices = np.array([cost.step_ns, cost.token_ns, 0.0, 0.0])
-    if cost.kv_bytes_per_s:
-        prices[2] = 1e9 / cost.kv_bytes_per_s
-    return cost, features @ prices / times - 1
+    magnitudes = np.log2(features[:, 1]).astype(int)
+    cost = fit_steps(features, times, 1 / np.bincount(magnitudes)[magnitudes])
+    return cost, predict_ns(cost, features) / times - 1
 
 
 def main() -> int:
@@ -155,7 +156,8 @@ def main() -> int:
     cost, errors = fit(info, steps)
     worst, usual = np.quantile(np.abs(errors), [0.95, 0.5])
     print(
-        f"\na step {cost.step_ns / _NS_PER_MS:.2f} ms, a token {cost.token_ns / 1e3:.2f} us, "
+        f"\na step {cost.step_ns / _NS_PER_MS:.2f} ms, a token {cost.token_ns / 1e3:.2f} us "
+        f"after the first {cost.free_tokens}, "
         f"KV {cost.kv_bytes_per_s / 1e12:.2f} TB/s; off by {usual:.1%} (median), "
         f"{worst:.1%} (95th percentile)"
     )
@@ -165,6 +167,7 @@ def main() -> int:
             "token_ns": cost.token_ns,
             "kv_bytes_per_s": cost.kv_bytes_per_s,
             "swap_bytes_per_s": 1e9 * flags.swap_gb_per_s,
+            "free_tokens": cost.free_tokens,
             "kv_bytes_per_token": info.block_bytes // info.block_size,
         }
         flags.profile.write_text(json.dumps(profile, indent=1) + "\n", encoding="utf-8")

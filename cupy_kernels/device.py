@@ -37,11 +37,11 @@ class Device:
         check_driver(cupy.cuda.runtime.driverGetVersion())
         try:
             count = cupy.cuda.runtime.getDeviceCount()
+            if not 0 <= ordinal < count:
+                raise NoGpuError(f"there is no CUDA device {ordinal}; the driver shows {count}")
+            found = cupy.cuda.runtime.getDeviceProperties(ordinal)
         except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise NoGpuError(f"the driver shows no device: {error}") from error
-        if not 0 <= ordinal < count:
-            raise NoGpuError(f"there is no CUDA device {ordinal}; the driver shows {count}")
-        found = cupy.cuda.runtime.getDeviceProperties(ordinal)
+            raise NoGpuError(f"the driver shows no usable device: {error}") from error
         capability = (found["major"], found["minor"])
         target_of(capability)
         return cls(

@@ -29,3 +29,7 @@ class UnsupportedShapeError(KernelError):
 
 class CompileError(KernelError):
     """NVRTC refused a source; the message is its log."""
+
+
+class LaunchError(KernelError):
+    """The driver refused a launch, as it does after any error that broke the context."""

@@ -17,9 +17,10 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from cupy_kernels.errors import KernelError
+from cupy_kernels.errors import LaunchError
 
 _PROGRAMMATIC_STREAM_SERIALIZATION: Final = 6
+_OUT_OF_MEMORY: Final = 2
 
 
 class _Attribute(ctypes.Structure):
@@ -66,7 +67,17 @@ class Launch:
     The parameters hold device addresses: whoever made the launch keeps that memory alive.
     """
 
-    __slots__ = ("_attribute", "_config", "_driver_arguments", "_kernel", "_params", "_pointers")
+    __slots__ = (
+        "_attribute",
+        "_config",
+        "_driver_arguments",
+        "_grid",
+        "_kernel",
+        "_params",
+        "_pointers",
+        "_sizes",
+        "_stream",
+    )
 
     def __init__(
         self,
@@ -91,6 +102,10 @@ class Launch:
             attributes=ctypes.pointer(self._attribute),
             num_attributes=int(kernel.can_overlap),
         )
+        # Windows into the structs: numpy and ctypes arrays cost ten times as much to write to.
+        self._grid = ctypes.c_uint.from_buffer(self._config, _Config.grid.offset)
+        self._stream = ctypes.c_void_p.from_buffer(self._config, _Config.stream.offset)
+        self._sizes: dict[str, Any] = {}  # of the parameters that `resize` changes
         self._kernel = kernel
         self._driver_arguments = (
             ctypes.addressof(self._config),
@@ -102,16 +117,33 @@ class Launch:
     def resize(self, blocks: int, **params: float) -> Self:
         """Change the grid and some parameters of launches from here on; returns the launch."""
         assert blocks > 0, f"{self._kernel.name}: nothing to launch"
-        self._config.grid[0] = blocks
+        self._grid.value = blocks
         for name, value in params.items():
-            self._params[name] = value
+            self._size(name).value = value
         return self
+
+    def resize_as(self, other: Self) -> Self:
+        """As another launch of the same kernel was resized; returns the launch."""
+        self._grid.value = other._grid.value
+        for name, size in other._sizes.items():
+            self._size(name).value = size.value
+        return self
+
+    def _size(self, name: str) -> Any:
+        size = self._sizes.get(name)
+        if size is None:
+            dtype, offset = self._kernel.params_dtype.fields[name][:2]  # type: ignore[index]
+            number = np.ctypeslib.as_ctypes_type(dtype)
+            size = number.from_address(self._params.ctypes.data + offset)
+            self._sizes[name] = size
+        return size
 
     def run(self, stream: int) -> None:
         """Enqueue on a stream, given by its raw handle; the caller's thread has its context.
 
-        Raises KernelError if the driver refuses. Errors in the kernel appear later.
+        Raises LaunchError if the driver refuses. Errors in the kernel appear later.
         """
-        self._config.stream = stream
+        self._stream.value = stream
         if status := _driver_launch()(*self._driver_arguments):
-            raise KernelError(f"{self._kernel.name}: cuLaunchKernelEx failed with {status}")
+            reason = "out of memory" if status == _OUT_OF_MEMORY else f"CUDA driver error {status}"
+            raise LaunchError(f"{self._kernel.name} cannot be launched: {reason}")

@@ -9,6 +9,7 @@ than one thread.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ def _build(folder: Path, variant: Variant, target: str) -> str:
 
 def prebuild(shape: AttentionShape, targets: Sequence[str], folder: Path) -> None:
     """Compile all variants for all targets; prints one line for each. Raises KernelError."""
-    with ProcessPoolExecutor() as pool:
+    # A fork of a process that has used gRPC may hang or die.
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [
             pool.submit(_build, folder, variant, target)
             for target in targets

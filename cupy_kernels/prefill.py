@@ -32,12 +32,8 @@ _WGMMA_SPAN_TILES: Final = 8
 
 
 def uses_wgmma(target: str, shape: AttentionShape) -> bool:
-    """Whether prefill for a model on a target such as sm_90a is by sources/prefill_wgmma.cu.
-
-    Nowhere yet: it compiles, and its operands' layout is checked without a GPU, but it has not run
-    on one. `target == "sm_90a" and shape.head_dim in _WGMMA_HEAD_DIMS` is what it is for.
-    """
-    return False
+    """Whether prefill for a model on a target such as sm_90a is by sources/prefill_wgmma.cu."""
+    return target == "sm_90a" and shape.head_dim in _WGMMA_HEAD_DIMS
 
 
 @dataclass(frozen=True, slots=True)

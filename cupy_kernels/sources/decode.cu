@@ -66,8 +66,7 @@ __device__ __forceinline__ void load_query(QueryOperand& query, const DecodePara
     for (int step = 0; step < kSteps; step++) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        query.pairs[step][n][i] =
-            head < p.group ? __ldg(base + (offset + 16 * step + 8 * i) / 2) : 0;
+        query.pairs[step][n][i] = head < p.group ? base[(offset + 16 * step + 8 * i) / 2] : 0;
       }
     }
   }

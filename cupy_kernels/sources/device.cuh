@@ -16,7 +16,8 @@ struct alignas(16) Vector16 {
 };
 
 // A kernel may be launched before the one ahead of it has ended. Nothing that others write may be
-// touched before this returns.
+// touched before this returns, nor be read by __ldg after it: that takes memory to be constant for
+// as long as the kernel runs, so the compiler may move it to the front.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

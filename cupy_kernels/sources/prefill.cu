@@ -70,13 +70,18 @@ __device__ __forceinline__ void load_query(uint32 shared, const PrefillParams& p
 __device__ __forceinline__ void issue_span(uint32 shared, const char* pool, const int* table,
                                            const PrefillParams& p, int first_tile, int end) {
   const int block_shift = __ffs(p.block_size / kTileTokens) - 1;
+  int block_ids[kSpanTiles];  // looked up together, before the first copy
+#pragma unroll
+  for (int i = 0; i < kSpanTiles; i++) {
+    const int tile = first_tile + i;
+    block_ids[i] = tile * kTileTokens < end ? table[tile >> block_shift] : 0;
+  }
 #pragma unroll
   for (int i = 0; i < kSpanTiles; i++) {
     const int tile = first_tile + i;
     if (tile * kTileTokens >= end) break;
     const int tile_in_block = tile & ((1 << block_shift) - 1);
-    const char* source = pool + __ldg(table + (tile >> block_shift)) * p.block_bytes +
-                         tile_in_block * kTileBytes;
+    const char* source = pool + block_ids[i] * p.block_bytes + tile_in_block * kTileBytes;
 #pragma unroll
     for (int j = threadIdx.x * kChunkBytes; j < kTileBytes; j += kThreads * kChunkBytes) {
       copy_async_16(shared + i * kTileBytes + j, source + j);
@@ -135,8 +140,12 @@ __device__ __forceinline__ void mask_span(Scores& scores, const QueryRows& rows,
   }
 }
 
-// Turns scores into weights and fades what was summed under a smaller maximum.
+// Turns scores into weights and fades what was summed under a smaller maximum. All rows go through
+// each stage together, without a branch in between: a scheduler has two warps only, so that what
+// hides the latency of one row's instructions must be those of the others.
 __device__ __forceinline__ void soften(Softmax& softmax, Scores& scores, float scale_log2) {
+  float fades[kRowTiles][2];
+  bool has_faded = false;
 #pragma unroll
   for (int m = 0; m < kRowTiles; m++) {
 #pragma unroll
@@ -149,24 +158,35 @@ __device__ __forceinline__ void soften(Softmax& softmax, Scores& scores, float s
       max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 1));
       max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 2));
       max = fmaxf(max * scale_log2, softmax.max[m][i]);
-      const float fade = exp2_approx(softmax.max[m][i] - max);
+      fades[m][i] = exp2_approx(softmax.max[m][i] - max);
       softmax.max[m][i] = max;
-      softmax.sums[m][i] *= fade;
+      has_faded |= fades[m][i] != 1;
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < kRowTiles; m++) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float even = 0, odd = 0;
 #pragma unroll
       for (int n = 0; n < 2 * kSpanTiles; n++) {
-#pragma unroll
-        for (int j = 2 * i; j < 2 * i + 2; j++) {
-          scores[m][n][j] = exp2_approx(scores[m][n][j] * scale_log2 - max);
-          softmax.sums[m][i] += scores[m][n][j];
-        }
+        float& first = scores[m][n][2 * i];
+        float& second = scores[m][n][2 * i + 1];
+        first = exp2_approx(first * scale_log2 - softmax.max[m][i]);
+        second = exp2_approx(second * scale_log2 - softmax.max[m][i]);
+        even += first;
+        odd += second;
       }
-      if (__any_sync(kFullWarp, fade != 1)) {  // maxima settle early
+      softmax.sums[m][i] = softmax.sums[m][i] * fades[m][i] + (even + odd);
+    }
+  }
+  if (!__any_sync(kFullWarp, has_faded)) return;  // maxima settle early
 #pragma unroll
-        for (int n = 0; n < 2 * kSteps; n++) {
-          softmax.out[m][n][2 * i] *= fade;
-          softmax.out[m][n][2 * i + 1] *= fade;
-        }
-      }
+  for (int m = 0; m < kRowTiles; m++) {
+#pragma unroll
+    for (int n = 0; n < 2 * kSteps; n++) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) softmax.out[m][n][j] *= fades[m][j / 2];
     }
   }
 }

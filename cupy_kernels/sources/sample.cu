@@ -60,7 +60,14 @@ struct Sum {
   uint64 weight;
 };
 
-// exp((logit - highest) / temperature).
+// How far a logit lies below the highest, in units of the temperature: 0 or less. Scores count from
+// there, so that none overflows and the highest one's noise is never lost, however small the
+// temperature is.
+__device__ __forceinline__ float score_of(const Row& row, float value) {
+  return (value - row.highest) / row.temperature;
+}
+
+// exp(score), by a product instead of the quotient.
 __device__ __forceinline__ float weight_of(const Row& row, float value) {
   return exp2_approx((value - row.highest) * row.scale_log2);
 }
@@ -78,7 +85,7 @@ struct WholeRow {
     const float least = value_of(pivot);
     uint32 count = 0;
     float weight = 0;  // summed in the order of ids
-    for_each_vector<2>(row, [&](int id, const Vector16& vector) {
+    for_each_vector<4>(row, [&](int id, const Vector16& vector) {
       if (highest_of(vector) < least) return;
 #pragma unroll
       for (int i = 0; i < kVector; i++) {
@@ -151,7 +158,7 @@ __device__ Sum gather(const Row& row, uint32 pivot, bool has_total, Shared& shar
   __syncthreads();
   const float least = value_of(pivot);
   float total = 0;
-  for_each_vector<2>(row, [&](int id, const Vector16& vector) {
+  for_each_vector<4>(row, [&](int id, const Vector16& vector) {
     if (has_total) {
 #pragma unroll
       for (int i = 0; i < kVector; i++) total += weight_of(row, value_at(vector, i));
@@ -217,25 +224,24 @@ struct Random {
   __device__ RandomWords words_of(int id) const { return philox(id / 4, position, branch, seed); }
 };
 
-// The winner among this thread's gathered tokens.
-__device__ uint64 draw_gathered(const Row& row, const Random& random, float least,
+// The winner among `best` and this thread's gathered tokens.
+__device__ uint64 draw_gathered(const Row& row, const Random& random, float least, uint64 best,
                                 const Shared& shared) {
-  uint64 best = 0;
   for (int i = threadIdx.x; i < shared.num_gathered; i += kThreads) {
     const float value = value_of(shared.keys[i]);
     if (value < least) continue;
     const int id = shared.ids[i];
-    const float score = value / row.temperature + gumbel(random.words_of(id).words[id % 4]);
-    best = max(best, contender(score, id));
+    const float noise = gumbel(random.words_of(id).words[id % 4]);
+    best = max(best, contender(score_of(row, value) + noise, id));
   }
   return best;
 }
 
-// The winner among this thread's tokens of the row. Tokens that cannot beat the one with the
-// highest logit, which scores `to_beat`, are passed over.
-__device__ uint64 draw_from_row(const Row& row, const Random& random, float least, float to_beat) {
-  uint64 best = 0;
-  least = fmaxf(least, (to_beat - kMaxGumbel) * row.temperature);
+// The winner among `best` and this thread's tokens of the row. Tokens that cannot beat the one with
+// the highest logit, which scores `to_beat`, are passed over.
+__device__ uint64 draw_from_row(const Row& row, const Random& random, float least, float to_beat,
+                                uint64 best) {
+  least = fmaxf(least, row.highest + (to_beat - kMaxGumbel) * row.temperature);
   for_each_vector<1>(row, [&](int first, const Vector16& vector) {
     if (highest_of(vector) < least) return;
 #pragma unroll
@@ -245,7 +251,7 @@ __device__ uint64 draw_from_row(const Row& row, const Random& random, float leas
       for (int i = 0; i < 4; i++) {
         // -log(-log(u)) is at most -log(1 - u), which costs less.
         const uint32 word = random_words.words[i];
-        const float value = value_at(vector, half + i), score = value / row.temperature;
+        const float value = value_at(vector, half + i), score = score_of(row, value);
         const float bound = score - __logf((static_cast<float>(~word) + 0.5f) / 4294967296.f);
         const int id = first + half + i;
         if (value >= least && bound + 0.001f >= to_beat && id < row.vocab_size) {
@@ -309,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int index = blockIdx.x;
   const float temperature = p.temperature[index];
   Row row = {static_cast<const Vector16*>(p.logits) + int64{index} * (p.stride / kVector),
-             p.vocab_size, temperature, kLog2E / temperature, 0};
+             p.vocab_size, temperature, fminf(kLog2E / temperature, kGreatestFinite), 0};
   Highest highest;
   const bool is_finite = find_highest(row, highest, shared.warps);
   int token = highest.id;
@@ -323,10 +329,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const Kept kept = keep(row, highest, filters, shared);
     float least = kept.least;
     if (min_p > 0) least = fmaxf(least, row.highest + temperature * fminf(logf(min_p), 0));
-    const float to_beat =
-        row.highest / temperature + gumbel(random.words_of(token).words[token % 4]);
-    uint64 best = kept.are_gathered ? draw_gathered(row, random, least, shared)
-                                    : draw_from_row(row, random, least, to_beat);
+    // The highest logit is always kept.
+    const float to_beat = gumbel(random.words_of(token).words[token % 4]);
+    uint64 best = contender(to_beat, token);
+    best = kept.are_gathered ? draw_gathered(row, random, least, best, shared)
+                             : draw_from_row(row, random, least, to_beat, best);
     best = block_reduce(best, shared.warps, [](uint64 a, uint64 b) { return max(a, b); });
     token = static_cast<int>(~static_cast<uint32>(best));
   }

@@ -72,7 +72,7 @@ struct Context {
   int end;
 
   __device__ int block_id(int tile) const {
-    return tile * kTileTokens < end ? __ldg(table + (tile >> block_shift)) : 0;
+    return tile * kTileTokens < end ? table[tile >> block_shift] : 0;
   }
 
   __device__ const char* locate(int tile, int block_id) const {

@@ -62,7 +62,7 @@ struct TileCursor {
 
   __device__ void load_window(int begin, int lane) {
     const int tile = first + (begin + lane) * kWarps;
-    block_ids = begin + lane < count ? __ldg(table + (tile >> block_shift)) : 0;
+    block_ids = begin + lane < count ? table[tile >> block_shift] : 0;
   }
 
   __device__ const char* locate(int k, int lane) {

@@ -3,7 +3,7 @@
 
 constexpr int kThreads = 1024;
 constexpr int kVector = 8;  // logits read at once
-constexpr float kLeastFinite = -3.4028234e38f;
+constexpr float kGreatestFinite = 3.4028234e38f, kLeastFinite = -kGreatestFinite;
 constexpr uint32 kExponentBits = ELEMENT_BF16 ? 0x7f80u : 0x7c00u;
 constexpr uint32 kLowestKey = 0x8000u - kExponentBits;  // of a finite logit
 constexpr uint32 kLowestBits = 0x7fffu + kExponentBits;
@@ -13,7 +13,7 @@ struct Row {
   const Vector16* vectors;
   int vocab_size;
   float temperature;
-  float scale_log2;  // log2(e) / temperature
+  float scale_log2;  // log2(e) / temperature, or the greatest finite number
   float highest;
 };
 

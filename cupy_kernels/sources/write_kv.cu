@@ -118,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(256, kBlocksPerSm)
   Vector16 low = {}, high = {};
   int slot = -1, position = 0;
   if (is_live) {
-    position = __ldg(p.positions + token);
-    slot = __ldg(p.slot_mapping + token);
+    position = p.positions[token];
+    slot = p.slot_mapping[token];
     low = chunks[thread];
     high = chunks[thread + kThreadsUsed];
   }

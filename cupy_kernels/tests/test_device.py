@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -11,8 +12,14 @@ import numpy as np
 import pytest
 
 import cupy_kernels
+from cupy_kernels import launch
 from cupy_kernels.device import check_driver, import_cupy
-from cupy_kernels.errors import DriverTooOldError, MissingLibraryError, NoGpuError
+from cupy_kernels.errors import (
+    DriverTooOldError,
+    LaunchError,
+    MissingLibraryError,
+    NoGpuError,
+)
 from cupy_kernels.launch import Kernel, Launch
 from cupy_kernels.tensors import address
 
@@ -50,6 +57,63 @@ def test_a_launch_needs_all_parameters_and_no_others() -> None:
 def test_a_launch_needs_work() -> None:
     with pytest.raises(AssertionError, match="nothing to launch"):
         Launch(KERNEL, 0, 32, {"out": 1, "n": 2})
+
+
+class FakeDriver:
+    """cuLaunchKernelEx; notes (blocks, stream, out, n) of each launch as the driver reads it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, int, int]] = []
+        self.status = 0
+
+    def __call__(self, config: int, function: int, pointers: int, extra: None) -> int:
+        settings = launch._Config.from_address(config)
+        address = ctypes.c_void_p.from_address(pointers).value
+        assert address is not None
+        dtype = KERNEL.params_dtype
+        params = np.frombuffer(ctypes.string_at(address, dtype.itemsize), dtype)[0]
+        self.seen.append(
+            (settings.grid[0], settings.stream, params["out"].item(), params["n"].item())
+        )
+        return self.status
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    driver = FakeDriver()
+    monkeypatch.setattr(launch, "_driver_launch", lambda: driver)
+    return driver
+
+
+def test_the_driver_gets_the_newest_sizes(driver: FakeDriver) -> None:
+    first = Launch(KERNEL, 1, 32, {"out": 1 << 40, "n": 2})
+    other = Launch(KERNEL, 1, 32, {"out": 5 << 40, "n": 2})
+    first.run(7)
+    first.resize(9, n=1000).run(8)
+    first.resize(10, n=-1, out=3 << 41).run(8)
+    first.resize(4, n=20)
+    other.resize_as(first.resize(4, out=6)).run(8)
+    assert driver.seen == [
+        (1, 7, 1 << 40, 2),
+        (9, 8, 1 << 40, 1000),
+        (10, 8, 3 << 41, -1),
+        (4, 8, 6, 20),
+    ]
+
+
+def test_launches_of_one_kernel_take_each_others_sizes_and_nothing_else(driver: FakeDriver) -> None:
+    first, other = (Launch(KERNEL, 1, 32, {"out": out, "n": 2}) for out in (11, 22))
+    other.resize_as(first.resize(5, n=3)).run(1)
+    assert driver.seen == [(5, 1, 22, 3)]
+    with pytest.raises(AssertionError, match="nothing to launch"):
+        first.resize(0)
+
+
+@pytest.mark.parametrize(("status", "reason"), [(2, "out of memory"), (719, "driver error 719")])
+def test_a_refused_launch_says_why(driver: FakeDriver, status: int, reason: str) -> None:
+    driver.status = status
+    with pytest.raises(LaunchError, match=f"tiny cannot be launched: .*{reason}"):
+        Launch(KERNEL, 1, 32, {"out": 1, "n": 2}).run(0)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,16 @@ def test_constants_and_fragments_are_part_of_the_text() -> None:
 
 def test_every_source_is_a_variant_that_tests_compile() -> None:
     assert {path.stem for path in SOURCES.glob("*.cu")} == {variant.name for variant in VARIANTS}
+
+
+def test_only_what_no_kernel_writes_is_read_as_constant() -> None:
+    """The table of angles. See wait_for_predecessor: anything else may be read too early."""
+    arguments = [
+        argument
+        for path in SOURCES.iterdir()
+        for argument in re.findall(r"__ldg\(([^)]*)\)", path.read_text())
+    ]
+    assert sorted(arguments) == ["cosines + i", "sines + i"]
 
 
 @needs_nvrtc

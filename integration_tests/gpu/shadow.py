@@ -4,11 +4,17 @@ The checking runner says what every slot of both pools should hold: a digest of 
 Keys and values of a model's first layer follow from token and position too. So slots with one
 digest must hold one thing on the GPU, wherever forks, copies and swaps have taken it; a block
 written too late, read too early or copied to the wrong place does not.
+
+Steps are not waited for. What the pools hold after a step is copied aside in the order of the
+streams that write them, and compared some steps later. Streams are held up now and then, so that
+several steps are under way, and what one stream forgets to wait for on another shows.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +31,14 @@ from executor_svc.runner import PendingStep, RunnerInfo, StepBatch, StepOutputs
 
 # Products are rounded to bfloat16, and their order of summing depends on the batch.
 RELATIVE_TOLERANCE = 0.03
+
+_DEPTHS = (1, 4, 12)
+"""After how many steps pools are compared; after 1, no two steps are ever under way."""
+_DELAY_CYCLES = 4_000_000
+"""About 2 ms, many times what a step of the small model takes."""
+_DELAY_SHARE = 0.2  # of the steps, for each stream
+
+_cuda: Final[Any] = torch.cuda  # its sleep is untyped
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +73,52 @@ class Known:
         places = np.array([self._place_of[digest] for digest in distinct.tolist()], np.int64)
         wanted = self._vectors[torch.from_numpy(places[inverse])]
         limits = RELATIVE_TOLERANCE * wanted.abs().amax(dim=1)
-        return int(((found - wanted).abs().amax(dim=1) > limits).sum())
+        is_alike = (found - wanted).abs().amax(dim=1) <= limits  # not so if anything is NaN
+        return int((~is_alike).sum())
+
+
+class _Snapshot:
+    """Both pools after one step, and what they should hold."""
+
+    def __init__(self, cuda: CudaRunner) -> None:
+        """Allocate on the device."""
+        pool = cuda.pool
+        self._device_pool, self._host_pool = pool.blocks[: pool.num_device_blocks], pool.host
+        device = pool.blocks.device
+        self.device = torch.empty_like(self._device_pool)
+        self.host = torch.empty(pool.host.shape, dtype=torch.uint8, device=device)
+        self.device_digests = self.host_digests = np.empty(0, np.uint64)
+
+    def take(self, checking: FakeRunner, main: torch.cuda.Stream, swaps: torch.cuda.Stream) -> None:
+        """Enqueue behind what the streams were given so far."""
+        with torch.cuda.stream(main):
+            self.device.copy_(self._device_pool)
+        with torch.cuda.stream(swaps):
+            self.host.copy_(self._host_pool, non_blocking=True)
+        self.device_digests = checking.device_digests.copy()
+        self.host_digests = checking.host_digests.copy()
 
 
 class ShadowRunner:
     """An executor_svc.runner.Runner that raises AssertionError where the GPU's blocks are wrong."""
 
-    def __init__(self, checking: FakeRunner, cuda: CudaRunner, known: Known) -> None:
+    def __init__(
+        self, checking: FakeRunner, cuda: CudaRunner, known: Known, rng: random.Random
+    ) -> None:
         """Runners of the same sizes; `known` may be shared with earlier ones of one model."""
         self._checking = checking
         self._cuda = cuda
         self._known = known
+        self._rng = rng
+        self._main, self._swaps = cuda._stream, cuda.pool._side
+        self._streams = (self._main, self._swaps, cuda._side)
+        self._snapshots = [_Snapshot(cuda) for _ in range(rng.choice(_DEPTHS))]
+        self._num_taken = 0
         self.num_slots_checked = 0
+        # What nobody wrote is NaN.
+        cuda.pool.blocks.fill_(0xFF)
+        cuda.pool.host.fill_(0xFF)
+        torch.cuda.synchronize()
 
     @property
     def info(self) -> RunnerInfo:
@@ -83,17 +131,28 @@ class ShadowRunner:
         self._cuda.reset()
 
     def launch(self, plan: Plan, state: RowState, batch: StepBatch) -> PendingStep:
-        """Both; then compare what is in the pools."""
+        """Both; what is in the pools is compared when enough steps were launched."""
+        for stream in self._streams:
+            if self._rng.random() < _DELAY_SHARE:
+                with torch.cuda.stream(stream):
+                    _cuda._sleep(_DELAY_CYCLES)
         cuda = self._cuda.launch(plan, state, batch)
         checking = self._checking.launch(plan, state, batch)
         if batch.sampling_rows.size:
             self._cuda.replace_samples(batch.sampling_rows, checking.wait().token_ids)
-        torch.cuda.synchronize()
-        pool = self._cuda.pool
-        num_blocks = pool.num_device_blocks
-        self._check(self._checking.device_digests, pool.blocks[:num_blocks].cpu())
-        self._check(self._checking.host_digests, pool.host)
+        self._snapshots[self._num_taken].take(self._checking, self._main, self._swaps)
+        self._num_taken += 1
+        if self._num_taken == len(self._snapshots):
+            self.compare()
         return _ShadowStep(checking, cuda)
+
+    def compare(self) -> None:
+        """Wait for the steps launched so far, and compare what each left in the pools."""
+        torch.cuda.synchronize()
+        for snapshot in self._snapshots[: self._num_taken]:
+            self._check(snapshot.device_digests, snapshot.device.cpu())
+            self._check(snapshot.host_digests, snapshot.host.cpu())
+        self._num_taken = 0
 
     def _check(self, digests: npt.NDArray[np.uint64], blocks: Tensor) -> None:
         """Digests [num_blocks, block_size] against blocks [num_blocks, block_bytes] uint8."""

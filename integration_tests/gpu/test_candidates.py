@@ -1,23 +1,32 @@
-"""Candidates on the device: order, ties, log-probabilities."""
+"""Candidates on the device: order, ties, log-probabilities; and memory that no step allocates."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from executor_svc.backends.cuda.candidates import rank
+from executor_svc.backends.cuda.candidates import Ranker
+from executor_svc.tests.test_candidates import check_ranked, random_logits
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 70])
 @pytest.mark.parametrize("count", [1, 16, 64])
 def test_best_first_and_equals_in_id_order(num_rows: int, count: int) -> None:
-    generator = torch.Generator().manual_seed(count)
-    # 16 bits leave many ties among 5,000.
-    logits = torch.randn(num_rows, 5000, generator=generator).bfloat16()
-    drawn = torch.randint(5000, (num_rows,), generator=generator, dtype=torch.int32)
-    values = rank(logits.cuda(), drawn.cuda(), count).cpu()
-    order = logits.float().sort(dim=1, descending=True, stable=True).indices[:, :count]
-    logprobs = logits.double().log_softmax(dim=1)
-    assert torch.equal(values[:, :count].view(torch.int32).long(), order)
-    expected = torch.cat([logprobs.gather(1, order), logprobs.gather(1, drawn.long()[:, None])], 1)
-    torch.testing.assert_close(values[:, count:].double(), expected, atol=1e-4, rtol=1e-5)
+    logits = random_logits(num_rows, seed=count)
+    check_ranked(logits, count, torch.device("cuda"))
+
+
+def test_nothing_of_the_logits_size_is_allocated() -> None:
+    device = torch.device("cuda")
+    vocab = 128_256
+    ranker = Ranker(vocab, torch.bfloat16, device)
+    logits = torch.randn(40, vocab, device=device).bfloat16()
+    rows = torch.arange(40, dtype=torch.int32, device=device)
+    drawn, out = torch.zeros_like(rows), torch.empty(40, 2 * 64 + 1, device=device)
+    ranker.rank(logits, rows, drawn, out)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ranker.rank(logits, rows, drawn, out)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < logits[:16].nbytes

@@ -6,36 +6,46 @@ import subprocess
 import sys
 from pathlib import Path
 
+from executor_svc.__main__ import DEVICE_LOST
 from executor_svc.tests.models import tiny_config, write_model
 
-BREAK_AND_GO_ON = """
+# The executor's own program, whose service is a driver that has a kernel read an illegal address.
+EXECUTOR = """
 import sys
-from pathlib import Path
 from cupy_kernels.staging import StageTokens
-from executor_svc.backends.cuda.loading import CudaOptions, load_runner
+from executor_svc import __main__ as executor
 from executor_svc.runner import FatalDeviceError
 from executor_svc.tests.plan_driver import PlanDriver
 
-options = CudaOptions(16, 8, 64, None, kv_memory_bytes=1 << 22)
-runner = load_runner(Path(sys.argv[1]), options, lambda _stage, _done: None)
-driver = PlanDriver(runner)
-driver.begin(0, list(range(20)))
-resize = StageTokens.resize
-StageTokens.resize = lambda *args: resize(*args).resize(1, tokens=16)  # an address of nobody's
-driver.lengths[0] = 20
-for attempt in range(2):
+async def lose_the_device(runner, *_settings):
+    driver = PlanDriver(runner)
+    driver.begin(0, list(range(20)))
+    resize = StageTokens.resize
+    StageTokens.resize = lambda *args: resize(*args).resize(1, tokens=16)  # an address of nobody's
     try:
-        driver.begin(1 + attempt, list(range(20)))
+        driver.begin(1, list(range(20)))
     except FatalDeviceError as error:
-        print("lost:", error)
+        print("first:", error, flush=True)
+    driver.begin(2, list(range(20)))
+    print("went on", flush=True)
+
+executor.serve = lose_the_device
+executor.leave(executor.main(sys.argv[1:]))
 """
 
 
-def test_an_illegal_address_loses_the_device(tmp_path: Path) -> None:
+def test_an_illegal_address_ends_the_executor_with_one_line(tmp_path: Path) -> None:
     config = tiny_config(hidden_size=128, head_dim=64, num_attention_heads=2, num_key_value_heads=1)
-    write_model(tmp_path, config)
-    command = [sys.executable, "-c", BREAK_AND_GO_ON, str(tmp_path)]
+    model = tmp_path / "model"
+    write_model(model, config)
+    flags = ["--device", "cuda", "--kv-memory", "4MiB", "--max-rows", "8"]
+    flags += ["--max-num-batched-tokens", "64", "--model-dir", str(model)]
+    command = [sys.executable, "-c", EXECUTOR, *flags, "--listen", f"unix:{tmp_path}/executor"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("lost:")]
-    assert len(lines) == 2, done.stdout + done.stderr
-    assert "illegal memory access" in lines[0]
+    said = done.stdout + done.stderr
+    assert "first:" in done.stdout, said
+    assert "illegal memory access" in done.stdout, said
+    assert "went on" not in done.stdout  # every later call fails, too
+    assert sum("device lost:" in line for line in said.splitlines()) == 1, said
+    assert "Traceback" not in said
+    assert done.returncode == DEVICE_LOST, said

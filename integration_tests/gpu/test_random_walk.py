@@ -1,12 +1,17 @@
-"""Random walks over a GPU runner: every block holds what it should after every step."""
+"""Random walks over a GPU runner: every block holds what it should after every step.
+
+Most walks have several steps under way on the GPU; see shadow.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 from executor_svc.backends.checking.runner import FakeRunner
 from executor_svc.backends.cuda.loading import CudaOptions, load_runner
@@ -16,7 +21,7 @@ from executor_svc.runner import PendingStep, Runner, StepBatch
 from executor_svc.tests.models import tiny_config, write_model
 from integration_tests import random_walk
 from integration_tests.gpu.shadow import Known, ShadowRunner
-from integration_tests.random_walk import Walk
+from integration_tests.random_walk import Walk, WalkCounts
 from integration_tests.walk_config import VOCAB_SIZE, random_limits
 from scheduler_svc.limits import Limits
 
@@ -56,10 +61,12 @@ class ShadowWalk(Walk):
     def __init__(self, seed: int, path: Path) -> None:
         self.path = path
         self.known = Known()
+        self.delays = random.Random(seed)
         self.shadows: list[ShadowRunner] = []
         super().__init__(seed)
 
     def _runner(self) -> Runner:  # type: ignore[override]  # one of its kind
+        self.compare()
         checking = super()._runner()
         assert isinstance(checking, FakeRunner)
         info = checking.info
@@ -73,8 +80,19 @@ class ShadowWalk(Walk):
             host_memory_bytes=info.num_host_blocks * block_bytes,
         )
         cuda = load_runner(self.path, options, lambda _stage, _done: None)
-        self.shadows.append(ShadowRunner(checking, cuda, self.known))
+        self.shadows.append(ShadowRunner(checking, cuda, self.known, self.delays))
         return self.shadows[-1]
+
+    def run(self) -> WalkCounts:
+        """As Walk.run; also raises AssertionError where the GPU's blocks are wrong."""
+        counts = super().run()
+        self.compare()
+        return counts
+
+    def compare(self) -> None:
+        """What was not compared yet."""
+        for shadow in self.shadows:
+            shadow.compare()
 
 
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
@@ -108,9 +126,27 @@ class SwapsForgotten(ShadowRunner):
             del self._cuda.launch
 
 
-def test_the_walk_would_notice(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class OrderForgotten(ShadowRunner):
+    """A GPU runner in which copies to and from the host wait for nothing."""
+
+    def launch(self, plan: Plan, state: RowState, batch: StepBatch) -> PendingStep:
+        """Without what the stream of swaps waits for."""
+        wait_event = torch.cuda.Stream.wait_event
+
+        def forgetful(stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+            if stream is not self._swaps:
+                wait_event(stream, event)
+
+        with mock.patch.object(torch.cuda.Stream, "wait_event", forgetful):
+            return super().launch(plan, state, batch)
+
+
+@pytest.mark.parametrize("wrong", [SwapsForgotten, OrderForgotten])
+def test_the_walk_would_notice(
+    path: Path, monkeypatch: pytest.MonkeyPatch, wrong: type[ShadowRunner]
+) -> None:
     monkeypatch.setattr(random_walk, "random_limits", gpu_limits)
-    monkeypatch.setattr("integration_tests.gpu.test_random_walk.ShadowRunner", SwapsForgotten)
+    monkeypatch.setattr("integration_tests.gpu.test_random_walk.ShadowRunner", wrong)
     with pytest.raises(AssertionError, match="slots are wrong"):
         _walk_all(path)
 

@@ -6,9 +6,7 @@ what must not depend on rows, blocks or timing is compared bit for bit.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,63 +15,22 @@ import pytest
 import torch
 
 from blockyard.executor.v1 import executor_pb2 as pb
+from cupy_kernels.launch import Launch
+from cupy_kernels.staging import WriteTable
+from executor_svc.backends.cuda import arena
 from executor_svc.backends.cuda.loading import CudaOptions, load_runner
 from executor_svc.backends.cuda.runner import CudaRunner
 from executor_svc.kv_pool import KvPoolError
 from executor_svc.runner import StepOutputs
-from executor_svc.tests.models import tiny_config, write_model
 from executor_svc.tests.plan_driver import PlanDriver
 from executor_svc.tests.plans import appends, batch, new_rows
+from integration_tests.gpu.text_oracle import VOCAB, Oracle, Truth
 
-VOCAB = 104
 RNG = np.random.default_rng(5)
 PROMPT = RNG.integers(0, VOCAB, 45).tolist()
 OTHER = RNG.integers(0, VOCAB, 133).tolist()
 DRIVEN = pb.ROW_FLAG_DRIVEN
 NUM_CANDIDATES = 8
-# Times the mean error of transformers' own bfloat16 over a text; its largest is 6 times the mean.
-# Two blocks exchanged change log-probabilities by 30 times as much.
-NOISE_FACTOR = 10.0
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Log-probabilities [vocab_size] of one position, and how far off bfloat16 may be."""
-
-    logprobs: np.ndarray
-    tolerance: float
-
-
-class Oracle:
-    """Transformers' float32 instance of the same weights."""
-
-    def __init__(self, path: Path) -> None:
-        config = tiny_config(
-            vocab_size=VOCAB,
-            hidden_size=256,
-            intermediate_size=384,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-        )
-        self._exact = write_model(path, config, matrix_spread=0.1)
-        self._rounded: Any = copy.deepcopy(self._exact).bfloat16()
-
-    def truths(self, tokens: Sequence[int]) -> list[Truth]:
-        """For each position of a text."""
-        exact, rounded = self._logprobs(self._exact, tokens), self._logprobs(self._rounded, tokens)
-        error = float(np.abs(exact - rounded).mean())
-        return [Truth(each, NOISE_FACTOR * error) for each in exact]
-
-    def last(self, tokens: Sequence[int]) -> Truth:
-        """For the last one."""
-        return self.truths(tokens)[-1]
-
-    def _logprobs(self, model: Any, tokens: Sequence[int]) -> np.ndarray:
-        with torch.inference_mode():
-            logits = model(torch.tensor([list(tokens)])).logits[0]
-        found: np.ndarray = logits.float().log_softmax(-1).numpy()
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +50,7 @@ def load(path: Path, **changes: Any) -> CudaRunner:
         "max_num_batched_tokens": 512,
         "max_model_len": None,
         "kv_memory_bytes": 16 << 20,
-        "host_memory_bytes": 2 << 20,
+        "host_memory_bytes": 8 << 20,
         **changes,
     }
     return load_runner(path, CudaOptions(**sizes), lambda _stage, _done: None)
@@ -323,6 +280,64 @@ def test_the_padding_block_is_left_alone(driver: PlanDriver, runner: CudaRunner)
 def test_a_new_row_takes_a_long_table(driver: PlanDriver, oracle: Oracle) -> None:
     text = RNG.integers(0, VOCAB, 500).tolist()
     check(driver.begin(0, text, num_candidates=NUM_CANDIDATES), [oracle.last(text)])
+
+
+def test_changes_of_the_table_beyond_the_steps_room_take_the_whole_table(
+    path: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_entries: list[int] = []
+    pack = WriteTable.pack
+
+    def counted(self: WriteTable, *, entries: torch.Tensor, block_table: torch.Tensor) -> Launch:
+        num_entries.append(len(entries))
+        return pack(self, entries=entries, block_table=block_table)
+
+    monkeypatch.setattr(arena, "EXTRA_INTS", 24)  # beside 64 tokens
+    monkeypatch.setattr(WriteTable, "pack", counted)
+    runner = load(path, max_num_batched_tokens=64)
+    text = RNG.integers(0, VOCAB, 500).tolist()
+    for epoch in range(2):  # the second one's rows have other blocks in the same places
+        runner.reset()
+        runner.pool.blocks.view(torch.bfloat16).fill_(torch.nan)
+        torch.cuda.synchronize()
+        driver, num_entries[:] = PlanDriver(runner, seed=epoch), []
+        driver.begin(7, PROMPT[:-1], flags=DRIVEN, num_candidates=NUM_CANDIDATES)
+        assert num_entries == [3]
+        # The first of these plans names all of the row's 32 blocks.
+        driver.begin(0, text[:-1], chunk=40, flags=DRIVEN, num_candidates=NUM_CANDIDATES)
+        assert num_entries == [3]
+        for row in (0, 7):
+            blocks = driver.state.block_table[row, : driver.state.num_blocks[row]]
+            found = runner._backend.block_table[row, : len(blocks)].cpu().numpy()
+            np.testing.assert_array_equal(found, blocks)
+        inputs = pb.Inputs(rows=[0, 7], token_ids=[text[-1], PROMPT[-1]])
+        outputs = driver.decode(0, 7, inputs=inputs)
+        check(outputs, [oracle.last(text), oracle.last(PROMPT)])
+
+
+def test_candidates_of_steps_under_way_together(driver: PlanDriver) -> None:
+    """Each step's are in memory of its own until they are read."""
+    wanted = {"num_candidates": NUM_CANDIDATES}
+    driver.begin(0, PROMPT, **wanted)
+    expected = [driver.decode(0) for _ in range(9)]
+    driver.begin(4, PROMPT, **wanted)
+    found, pending = [], []
+    for _ in range(9):
+        pending.append(driver.launch_decode(4))
+        if len(pending) == 3:
+            found.append(pending.pop(0).wait())
+    found += [step.wait() for step in pending]
+    for one, other in zip(found, expected, strict=True):
+        assert one.candidate_token_ids.tolist() == other.candidate_token_ids.tolist()
+        assert one.candidate_logprobs.tolist() == other.candidate_logprobs.tolist()
+        assert one.token_logprobs.tolist() == other.token_logprobs.tolist()
+
+
+@pytest.mark.parametrize("temperature", [9e-7, 1e-20, 1e-38, 1e-45])
+def test_a_tiny_temperature_is_greedy(driver: PlanDriver, temperature: float) -> None:
+    expected = driver.generate(0, PROMPT, 12)
+    for seed in range(3):
+        assert driver.generate(0, PROMPT, 12, temperature=temperature, seeds=seed) == expected
 
 
 def test_timings_come_from_the_device(driver: PlanDriver) -> None:

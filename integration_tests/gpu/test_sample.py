@@ -206,6 +206,47 @@ def test_temperature_0_takes_the_first_of_the_highest(device: Device) -> None:
     assert [logits[row, token].item() for row, token in enumerate(tokens)] == highest
 
 
+# float32 has numbers below 1.2e-38, but with fewer digits.
+COLD = [1e-5, 1e-6, 1e-7, 1e-12, 1e-20, 1e-30, 1e-37, 1e-38, 1e-40, 1e-45]
+
+
+@pytest.mark.parametrize("element", ["bfloat16", "float16"])
+@pytest.mark.parametrize("temperature", COLD)
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"top_k": 20}, {"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.5}, {"top_k": 9, "top_p": 0.5}],
+    ids=str,
+)
+def test_a_tiny_temperature_leaves_the_highest(
+    device: Device, element: ElementType, temperature: float, filters: dict[str, Any]
+) -> None:
+    """One of those that have the highest logit: the one with the greatest noise."""
+    logits = random_logits(9, element=element)
+    logits[1:, [5, 300, 301, 999]] = 12.0
+    logits[2] -= 100  # all are negative
+    logits[3] -= 12  # the highest is 0
+    logits[4, :VOCAB] = -30000.0  # all are equal, and scores far beyond float32
+    logits[5, 7] = logits[5, 800] = 30000.0
+    draw = Draw(logits, temperature=temperature, seeds=np.arange(9), **filters)
+    for row, token in enumerate(draw.tokens(device)):
+        found = logits[row, :VOCAB].double().cpu().numpy()
+        noise = gumbels(VOCAB, 100 + row, 0, row)
+        assert token == np.where(found == found.max(), noise, -np.inf).argmax(), row
+        assert draw.is_right(row, token), row
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 0.1}, {"min_p": 1.0}], ids=str)
+def test_minus_zero_equals_zero(device: Device, filters: dict[str, Any]) -> None:
+    zeros = [3, 4, 250, 600, 601, 1002]
+    logits = torch.full((300, 1008), -1.0, device="cuda").bfloat16()
+    logits[:, zeros[::2]] = 0.0
+    logits[:, zeros[1::2]] = -0.0
+    draw = Draw(logits, temperature=0.05, **filters)
+    tokens = draw.tokens(device)
+    assert set(tokens) == set(zeros)
+    assert all(draw.is_right(row, token) for row, token in enumerate(tokens[:20]))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_rows_that_are_not_finite_fail_alone(device: Device, bad: float) -> None:
     logits = random_logits(7)

@@ -77,7 +77,9 @@ class CudaBackend:
         self._add_rms_norm = AddRmsNorm(device, shape.element, config.rms_norm_eps)
         self._silu_mul = SiluMul(device, shape.element)
         self._launches: dict[Hashable, Launch] = {}
-        self._outputs: dict[int, Tensor] = {}  # of projections, by width
+        self._sized: dict[str, Launch] = {}  # the step's first launch of each kernel
+        self._outputs: dict[int, _TokenRows] = {}  # of projections, by width
+        self._token_rows: list[_TokenRows] = []
         self._pool = torch.empty(0)
         self._num_tokens = self._num_decode_rows = 0
         self._items: Tensor | None = None
@@ -87,10 +89,10 @@ class CudaBackend:
         sizes, shape = self._sizes, self.shape
         angles = torch.from_numpy(config.rope.angles(sizes.max_model_len))
         self._angles = angles.to(self.torch_device)
-        self._residual = self._elements(sizes.max_tokens, config.hidden_size)
-        self.normed = self._elements(sizes.max_tokens, config.hidden_size)
-        self._activated = self._elements(sizes.max_tokens, config.intermediate_size)
-        self._attended = self._elements(sizes.max_tokens, shape.num_heads * shape.head_dim)
+        self._residual = self._rows(config.hidden_size)
+        self._normed = self._rows(config.hidden_size)
+        self._activated = self._rows(config.intermediate_size)
+        self._attended = self._rows(shape.num_heads * shape.head_dim)
         self.block_table = self._ints(sizes.max_rows, sizes.max_blocks_per_row)
         self.last_tokens = self._ints(sizes.max_rows)
         names = [column.name for column in dataclasses.fields(TokenColumns)]
@@ -103,6 +105,11 @@ class CudaBackend:
             arrivals=self._ints(sizes.max_rows, shape.num_kv_heads),
         )
 
+    def _rows(self, width: int) -> _TokenRows:
+        rows = _TokenRows(self._elements(self._sizes.max_tokens, width))
+        self._token_rows.append(rows)
+        return rows
+
     def _elements(self, *size: int) -> Tensor:
         return torch.empty(size, dtype=self.dtype, device=self.torch_device)
 
@@ -113,26 +120,39 @@ class CudaBackend:
         return torch.zeros(size, dtype=torch.int32, device=self.torch_device)
 
     def use_pool(self, blocks: Tensor) -> None:
-        """Keep keys and values in blocks [num_blocks, block_bytes] uint8."""
+        """Keep keys and values in blocks [num_blocks, block_bytes] uint8.
+
+        Graphs captured before still use the blocks of then.
+        """
         assert blocks.shape[1] == self.shape.block_bytes
         self._pool = blocks
+        self._launches.clear()
+
+    @property
+    def normed(self) -> Tensor:
+        """The last step's hidden states, as the head takes them: the first of [max_tokens, hidden].
+
+        Overwritten by the next step.
+        """
+        return self._normed.all
 
     def place(self, weight: Tensor) -> Tensor:
         """See Backend."""
         return weight.to(self.torch_device, self.dtype)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, codes: object = None) -> Linear:
         """See Backend. Projections of one width share an output: none is used after the next."""
         width = len(weight)
         if width not in self._outputs:
-            self._outputs[width] = self._elements(self._sizes.max_tokens, width)
+            self._outputs[width] = self._rows(width)
         return _linear(weight, bias, self._outputs[width])
 
-    def pack_head(self, weight: Tensor) -> Linear:
+    def pack_head(self, weight: Tensor, codes: object = None) -> Linear:
         """See Backend. Logits are rows of a buffer [max_rows, vocab_size rounded up to 8]."""
         stride = -(-len(weight) // _VECTOR) * _VECTOR
         self.logits = self._elements(self._sizes.max_rows, stride)
-        return _linear(weight, None, self.logits[:, : len(weight)])
+        transposed, logits = weight.t(), self.logits[:, : len(weight)]
+        return lambda x: torch.mm(x, transposed, out=logits[: len(x)])
 
     # ---- one step
 
@@ -159,6 +179,9 @@ class CudaBackend:
         """
         self._num_tokens, self._num_decode_rows = num_tokens, num_decode_rows
         self._items = items
+        self._sized.clear()
+        for rows in self._token_rows:
+            rows.use(num_tokens)
         if num_decode_rows:
             columns = self._columns
             launch = self._packed(
@@ -174,7 +197,7 @@ class CudaBackend:
     def embed(self, table: Tensor) -> Tensor:
         """Rows of table [vocab_size, hidden] for the tokens staged: [T, hidden]."""
         token_ids = self._columns["token_ids"][: self._num_tokens]
-        return torch.index_select(table, 0, token_ids, out=self._residual[: self._num_tokens])
+        return torch.index_select(table, 0, token_ids, out=self._residual.now)
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """See Backend."""
@@ -185,22 +208,24 @@ class CudaBackend:
         return self._norm(residual, delta, weight)
 
     def _norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
-        out = self.normed[: self._num_tokens]
-        launch = self._packed(
+        out = self._normed.now
+        self._run(
+            "norm",
             (weight.data_ptr(), residual.data_ptr(), delta is not None and delta.data_ptr()),
             lambda: self._add_rms_norm.pack(residual=residual, delta=delta, weight=weight, out=out),
+            lambda launch: self._add_rms_norm.resize(launch, self._num_tokens),
         )
-        self._add_rms_norm.resize(launch, self._num_tokens).run(self._handle)
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See Backend."""
-        out = self._activated[: self._num_tokens]
-        launch = self._packed(
-            ("silu_mul", gate_up.data_ptr()),
+        out = self._activated.now
+        self._run(
+            "silu_mul",
+            gate_up.data_ptr(),
             lambda: self._silu_mul.pack(gate_up=gate_up, out=out),
+            lambda launch: self._silu_mul.resize(launch, self._num_tokens, self._intermediate),
         )
-        self._silu_mul.resize(launch, self._num_tokens, self._intermediate).run(self._handle)
         return out
 
     def write_kv(
@@ -208,8 +233,9 @@ class CudaBackend:
     ) -> None:
         """See Backend."""
         num_tokens, columns = self._num_tokens, self._columns
-        launch = self._packed(
-            ("write_kv", layer, qkv.data_ptr()),
+        self._run(
+            "write_kv",
+            (layer, qkv.data_ptr()),
             lambda: self._write_kv.pack(
                 qkv=qkv,
                 angles=self._angles,
@@ -220,30 +246,54 @@ class CudaBackend:
                 q_norm=q_norm,
                 k_norm=k_norm,
             ),
+            lambda launch: self._write_kv.resize(launch, num_tokens),
         )
-        self._write_kv.resize(launch, num_tokens).run(self._handle)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """See Backend."""
-        tensors = {
+        place = layer, qkv.data_ptr()
+        if num_rows := self._num_decode_rows:
+            self._run(
+                "decode",
+                place,
+                lambda: self._decode.pack(**self._attention(qkv), layer=layer, work=self._work),
+                lambda launch: self._decode.resize(launch, num_rows),
+            )
+        if (items := self._items) is not None:
+            self._run(
+                "prefill",
+                place,
+                lambda: self._prefill.pack(**self._attention(qkv), layer=layer, items=items),
+                lambda launch: self._prefill.resize(launch, items),
+            )
+        return self._attended.now
+
+    def _attention(self, qkv: Tensor) -> dict[str, Tensor]:
+        return {
             "query": qkv,
-            "out": self._attended,
+            "out": self._attended.all,
             "pool": self._pool,
             "block_table": self.block_table,
         }
-        if self._num_decode_rows:
-            launch = self._packed(
-                ("decode", layer, qkv.data_ptr()),
-                lambda: self._decode.pack(**tensors, layer=layer, work=self._work),
-            )
-            self._decode.resize(launch, self._num_decode_rows).run(self._handle)
-        if (items := self._items) is not None:
-            launch = self._packed(
-                ("prefill", layer, qkv.data_ptr()),
-                lambda: self._prefill.pack(**tensors, layer=layer, items=items),
-            )
-            self._prefill.resize(launch, items).run(self._handle)
-        return self._attended[: self._num_tokens]
+
+    def _run(
+        self,
+        kernel: str,
+        place: Hashable,
+        pack: Callable[[], Launch],
+        resize: Callable[[Launch], Launch],
+    ) -> None:
+        """Enqueue a kernel at one place in the model, where its buffers begin as they always do.
+
+        A step resizes the first launch of each kernel; the other layers' are of the same size.
+        """
+        launch = self._packed((kernel, place), pack)
+        sized = self._sized.get(kernel)
+        if sized is None:
+            self._sized[kernel] = resize(launch)
+        else:
+            launch.resize_as(sized)
+        launch.run(self._handle)
 
     def _packed(self, key: Hashable, pack: Callable[[], Launch]) -> Launch:
         """The launch of one place in the model; its buffers begin where they always do."""
@@ -253,13 +303,25 @@ class CudaBackend:
         return launch
 
 
-def _linear(weight: Tensor, bias: Tensor | None, output: Tensor) -> Linear:
+class _TokenRows:
+    """A buffer with a row for each token, and the rows of the step under way.
+
+    Sliced once a step: to slice a tensor costs the host as much as a launch.
+    """
+
+    __slots__ = ("all", "now")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.all = tensor  # [max_tokens, width]
+        self.now = tensor  # [T, width]
+
+    def use(self, num_tokens: int) -> None:
+        """Begin a step."""
+        self.now = self.all[:num_tokens]
+
+
+def _linear(weight: Tensor, bias: Tensor | None, output: _TokenRows) -> Linear:
     transposed = weight.t()
-
-    def linear(x: Tensor) -> Tensor:
-        out = output[: len(x)]
-        if bias is None:
-            return torch.mm(x, transposed, out=out)
-        return torch.addmm(bias, x, transposed, out=out)
-
-    return linear
+    if bias is None:
+        return lambda x: torch.mm(x, transposed, out=output.now)
+    return lambda x: torch.addmm(bias, x, transposed, out=output.now)

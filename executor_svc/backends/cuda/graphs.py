@@ -29,7 +29,11 @@ class DecodeGraphs:
         stream: torch.cuda.Stream,
         progress: Callable[[float], None],
     ) -> None:
-        """Run and capture step(size) on `stream`, largest size first; all share their memory."""
+        """Run and capture step(size) on `stream`, largest size first; all share their memory.
+
+        Graphs captured before are dropped; none of them may be under way.
+        """
+        self._graphs.clear()
         memory: Any = torch.cuda.graph_pool_handle()
         with torch.cuda.stream(stream):
             for done, size in enumerate(reversed(self._sizes), 1):

@@ -1,7 +1,8 @@
-"""Bringing a model up on a GPU: weights, buffers, pools, graphs, in this order."""
+"""A model on a GPU: buffers, weights, host pool, a warm-up, the KV pool of what is left."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,23 +11,33 @@ from typing import Final
 
 import torch
 
+from blockyard.common import logs
 from blockyard.common import model_dir as model_dirs
 from blockyard.common.model_dir import ModelDir
 from cupy_kernels.device import Device
+from cupy_kernels.errors import LaunchError
 from cupy_kernels.shape import AttentionShape, ElementType
 from executor_svc.backends.cuda.backend import CudaBackend, StepSizes, attention_shape
-from executor_svc.backends.cuda.kv_pool import CudaKvPool, staging_blocks
+from executor_svc.backends.cuda.errors import first_line, is_of_device, is_shortage
+from executor_svc.backends.cuda.host_memory import HostBlocks
+from executor_svc.backends.cuda.kv_pool import CudaKvPool, num_staging_blocks
+from executor_svc.backends.cuda.limits import check_sizes
 from executor_svc.backends.cuda.runner import CudaRunner
 from executor_svc.kv_pool import KvPool, KvPoolError
 from executor_svc.model.config import ModelConfig, model_len, parse_config
 from executor_svc.model.llama import LlamaModel, load_llama
 from executor_svc.model.weights import DummyWeights, Weights
-from executor_svc.runner import RunnerInfo
+from executor_svc.runner import FatalDeviceError, RunnerInfo
 
 _MIB: Final = 1 << 20
 _MAX_SLOTS: Final = 2**31 - 1  # slots are numbered in 32 bits
+_WARM_UP_BLOCKS: Final = 2  # the fewest: steps of a warm-up use the padding block alone
+_RESERVE_BYTES: Final = 256 * _MIB
+"""Left free at least: libraries may load a kernel that the warm-up did not meet."""
 
 Progress = Callable[[str, float], None]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +81,31 @@ def load_runner(model_dir: Path, options: CudaOptions, progress: Progress) -> Cu
         ModelError: the model is not supported, or its weights do not match it.
         KernelError: no usable GPU, driver or library, or a shape that the kernels do not do.
         KvPoolError: the memory holds no model, or no usable pool beside it.
+        FatalDeviceError: CUDA failed otherwise; a new process may do better.
     """
     directory = model_dirs.load(model_dir)
     config = parse_config(directory.config)
     shape = attention_shape(config, options.block_size, options.element)
-    device = Device.open()
-    torch.cuda.set_device(device.ordinal)
-    loader = _Loader(directory, config, shape, options, device)
+    check_sizes(config, options.max_rows, options.max_num_batched_tokens)
+    loader = _Loader(directory, config, shape, options, Device.open())
     try:
         return loader.load(progress)
-    except torch.OutOfMemoryError as error:
-        raise KvPoolError(loader.explain_shortage()) from error
+    except (RuntimeError, LaunchError) as error:
+        if is_shortage(error):
+            raise KvPoolError(loader.explain_shortage()) from error
+        if is_of_device(error):
+            message = f"CUDA failed at {loader.stage}: {first_line(error)}"
+            raise FatalDeviceError(message) from error
+        raise
+
+
+def _sum_in_float32() -> None:
+    """Else parts of a long sum may be rounded to 16 bits before they are added.
+
+    That is less exact, and differs between numbers of tokens.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 class _Loader:
@@ -97,32 +122,55 @@ class _Loader:
         self._shape = shape
         self._options = options
         self._device = device
-        self._stage = ""
-
-    def load(self, progress: Progress) -> CudaRunner:
-        options = self._options
-        max_model_len = model_len(self._config, options.max_model_len)
-        self._stage = "kernels and the step's buffers"
-        progress("loading kernels", 0.0)
-        sizes = StepSizes(
+        max_model_len = model_len(config, options.max_model_len)
+        self._sizes = StepSizes(
             max_tokens=max(options.max_num_batched_tokens, options.max_rows),
             max_rows=options.max_rows,
             max_model_len=max_model_len,
             max_blocks_per_row=-(-max_model_len // options.block_size),
         )
-        backend = CudaBackend(self._device, self._config, self._shape, sizes)
-        self._stage = "the weights"
+        self.stage = ""  # for people: what is being set up
+
+    def load(self, progress: Progress) -> CudaRunner:
+        options = self._options
+        self.stage = "kernels and the step's buffers"
+        progress("loading kernels", 0.0)
+        torch.cuda.set_device(self._device.ordinal)
+        _sum_in_float32()
+        backend = CudaBackend(self._device, self._config, self._shape, self._sizes)
+        self.stage = "the weights"
         model = self._load_model(backend, partial(progress, "loading weights"))
-        self._stage = "the KV pool"
-        progress("allocating blocks", 0.0)
-        pool, num_blocks = self._allocate(backend)
-        info = RunnerInfo(
+        torch.cuda.empty_cache()
+        self.stage = "the KV pool"
+        progress("locking host memory", 0.0)
+        block_bytes = self._shape.block_bytes
+        host = HostBlocks(options.host_memory_bytes // block_bytes, block_bytes)
+        budget = options.kv_memory_bytes
+        if budget is None:
+            # What the rest takes is known once it was all done; that needs no more than padding.
+            pool = self._pool(backend, _WARM_UP_BLOCKS, HostBlocks(0, block_bytes))
+        else:
+            pool = self._pool(backend, self._num_blocks(budget), host)
+        self.stage = "the largest step and the graphs"
+        runner = CudaRunner(self._info(pool), self._device, model, backend, pool)
+        runner.warm_up(partial(progress, "warming up"))
+        if budget is None:
+            self.stage = "the KV pool"
+            pool = self._pool(backend, self._num_blocks(self._left(len(host.blocks))), host)
+            runner.use_pool(pool, self._info(pool), partial(progress, "capturing graphs"))
+        self._report(runner.info)
+        progress("ready", 1.0)
+        return runner
+
+    def _info(self, pool: CudaKvPool) -> RunnerInfo:
+        options = self._options
+        return RunnerInfo(
             model_digest=self._directory.digest,
             model_name=self._directory.name,
             vocab_size=self._config.vocab_size,
-            max_model_len=max_model_len,
+            max_model_len=self._sizes.max_model_len,
             block_size=options.block_size,
-            num_device_blocks=num_blocks,
+            num_device_blocks=pool.num_device_blocks,
             num_host_blocks=len(pool.host),
             max_rows=options.max_rows,
             max_num_batched_tokens=options.max_num_batched_tokens,
@@ -130,11 +178,6 @@ class _Loader:
             device=f"{self._device.name} ({options.element})",
             swap_bytes_per_s=pool.measure_swap_rate(),
         )
-        self._stage = "the graphs"
-        runner = CudaRunner(info, self._device, model, backend, pool)
-        runner.warm_up(partial(progress, "capturing graphs"))
-        progress("ready", 1.0)
-        return runner
 
     def _load_model(self, backend: CudaBackend, progress: Callable[[float], None]) -> LlamaModel:
         with torch.inference_mode():
@@ -144,27 +187,35 @@ class _Loader:
             with Weights(self._directory.weight_files) as stored:
                 return load_llama(self._config, stored, backend, progress)
 
-    def _allocate(self, backend: CudaBackend) -> tuple[CudaKvPool, int]:
-        options, block_bytes = self._options, self._shape.block_bytes
-        num_host_blocks = options.host_memory_bytes // block_bytes
-        budget = options.kv_memory_bytes
-        if budget is None:
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info()
-            staging = 2 * staging_blocks(block_bytes) * block_bytes if num_host_blocks else 0
-            budget = int(free - total * (1 - options.memory_utilization)) - staging
-        most = _MAX_SLOTS // options.block_size
-        num_blocks = min(KvPool.num_blocks(max(0, budget), block_bytes), most)
-        pool = CudaKvPool(self._device, backend.stream, num_blocks, num_host_blocks, block_bytes)
-        backend.use_pool(pool.blocks)
-        return pool, num_blocks
+    def _pool(self, backend: CudaBackend, num_blocks: int, host: HostBlocks) -> CudaKvPool:
+        block_bytes = self._shape.block_bytes
+        return CudaKvPool(self._device, backend.stream, num_blocks, host, block_bytes)
+
+    def _num_blocks(self, memory_bytes: int) -> int:
+        """Raises KvPoolError."""
+        most = _MAX_SLOTS // self._options.block_size
+        return min(KvPool.num_blocks(memory_bytes, self._shape.block_bytes), most)
+
+    def _left(self, num_host_blocks: int) -> int:
+        """Bytes for the pool, now that everything else has been done once."""
+        free, total = torch.cuda.mem_get_info()
+        reserve = max(total - int(total * self._options.memory_utilization), _RESERVE_BYTES)
+        block_bytes = self._shape.block_bytes
+        staging = 2 * num_staging_blocks(block_bytes) * block_bytes if num_host_blocks else 0
+        return max(0, free - reserve - staging)
+
+    def _report(self, info: RunnerInfo) -> None:
+        """Log where the memory is [MiB]."""
+        free, total = (size // _MIB for size in torch.cuda.mem_get_info())
+        pool = info.num_device_blocks * info.block_bytes // _MIB
+        logs.event(log, "GPU memory", total_mib=total, free_mib=free, kv_pool_mib=pool)
 
     def explain_shortage(self) -> str:
         """For people: what was needed, what there is, what to change."""
         free, total = (size // _MIB for size in torch.cuda.mem_get_info())
         used = torch.cuda.memory_allocated() // _MIB
         return (
-            f"the GPU's memory does not hold {self._stage}: {used} MiB are taken by this process, "
+            f"the GPU's memory does not hold {self.stage}: {used} MiB are taken by this process, "
             f"{free} of {total} MiB are free; choose a smaller model, --kv-memory, "
             "--max-num-batched-tokens or --max-num-seqs, or end what else uses the GPU"
         )

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from blockyard.common.protocol import MAX_WINDOW
 from blockyard.executor.v1 import executor_pb2 as pb
+from executor_svc.backends.cuda.candidates import ranked_width
 from executor_svc.backends.cuda.errors import device_errors
 from executor_svc.backends.cuda.streams import new_event
+from executor_svc.plan_check import MAX_CANDIDATES
 from executor_svc.runner import FloatArray, IntArray, StepOutputs
 
 NUM_SLOTS: Final = MAX_WINDOW + 2
@@ -27,11 +29,15 @@ class StepSlot:
     """Memory and events of one step under way; slots take turns."""
 
     def __init__(self, capacity: int, max_rows: int, device: torch.device) -> None:
-        """Allocate: `capacity` ints of input, a token and a status for each of max_rows."""
+        """Allocate: `capacity` ints of input; results and candidates of each of max_rows."""
         self.inputs = torch.empty(capacity, dtype=torch.int32, pin_memory=True)
         size = (2, max_rows)
         self.results = torch.zeros(size, dtype=torch.int32, device=device)  # token ids, status
         self.host_results = torch.zeros(size, dtype=torch.int32, pin_memory=True)
+        most = max_rows * ranked_width(MAX_CANDIDATES)
+        self._ranked = torch.empty(most, dtype=torch.float32, device=device)
+        self._host_ranked = torch.empty(most, dtype=torch.float32, pin_memory=True)
+        self._num_ranked = 0
         self.begin, self.forward_end, self.end = (new_event(is_timed=True) for _ in range(3))
         self.copied = new_event(is_waited_for=True)
 
@@ -39,12 +45,26 @@ class StepSlot:
         """Make sure that the slot's last step is over, on the host and for `stream`."""
         self.copied.synchronize()
         stream.wait_event(self.copied)
+        self._num_ranked = 0
+
+    def take_ranked(self, num_rows: int, count: int) -> tuple[Tensor, Tensor]:
+        """Where `count` candidates of each of num_rows go, see candidates.Ranker.rank.
+
+        Returns:
+            [num_rows, ranked_width(count)] float32 on the device, and the same in pinned memory,
+            where they are once `copied` has passed.
+        """
+        size = num_rows, ranked_width(count)
+        self._num_ranked = end = size[0] * size[1]
+        return self._ranked[:end].view(size), self._host_ranked[:end].view(size)
 
     def copy_results(self, side: torch.cuda.Stream) -> None:
-        """Enqueue the way of the results to the host, after `end`."""
+        """Enqueue the way of the results, and of what was ranked, to the host, after `end`."""
         side.wait_event(self.end)
         with torch.cuda.stream(side):
             self.host_results.copy_(self.results, non_blocking=True)
+            if end := self._num_ranked:
+                self._host_ranked[:end].copy_(self._ranked[:end], non_blocking=True)
             self.copied.record(side)
 
 
@@ -52,7 +72,7 @@ class StepSlot:
 class Ranked:
     """Candidates under way."""
 
-    values: Tensor  # [m, 2 * most + 1], see candidates.rank; pinned host memory
+    values: Tensor  # [m, ranked_width(most)], see candidates.Ranker.rank; the slot's pinned memory
     samples: npt.NDArray[np.int64]  # [m], which samples asked
     counts: npt.NDArray[np.int64]  # [m], for how many
 

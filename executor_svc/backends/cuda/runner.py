@@ -23,7 +23,7 @@ from cupy_kernels.shape import AttentionShape
 from cupy_kernels.staging import ENTRY_INTS, WriteTable
 from executor_svc.backends.cuda.arena import StepArena
 from executor_svc.backends.cuda.backend import CudaBackend
-from executor_svc.backends.cuda.candidates import rank
+from executor_svc.backends.cuda.candidates import Ranker
 from executor_svc.backends.cuda.errors import device_errors
 from executor_svc.backends.cuda.graphs import DecodeGraphs
 from executor_svc.backends.cuda.kv_pool import CudaKvPool
@@ -36,6 +36,7 @@ from executor_svc.backends.cuda.pending import (
 )
 from executor_svc.backends.cuda.streams import new_stream
 from executor_svc.model.llama import LlamaModel
+from executor_svc.plan_check import MAX_CANDIDATES
 from executor_svc.row_state import ranges
 from executor_svc.runner import IntArray, RunnerInfo, StepBatch
 
@@ -59,11 +60,12 @@ class CudaRunner:
         backend: CudaBackend,
         pool: CudaKvPool,
     ) -> None:
-        """Takes over a model whose weights the backend packed and a pool that it uses."""
+        """Takes over a model whose weights the backend packed, and a pool."""
         self._info = info
         self._model = model
         self._backend = backend
         self.pool = pool
+        backend.use_pool(pool.blocks)
         self._stream = backend.stream
         self._side = new_stream(backend.torch_device)
         max_tokens = max(info.max_num_batched_tokens, info.max_rows)
@@ -78,6 +80,7 @@ class CudaRunner:
         self._write_table = WriteTable(device)
         self._sample = Sample(device, backend.shape.element)
         self._sample_launch = self._pack_sample()
+        self._ranker = Ranker(info.vocab_size, backend.dtype, backend.torch_device)
         hidden = model.embedding.shape[1]
         self._selected = torch.empty(
             info.max_rows, hidden, dtype=backend.dtype, device=backend.torch_device
@@ -98,18 +101,58 @@ class CudaRunner:
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[float], None]) -> None:
-        """Run the largest step, on padding alone, and capture the graphs.
+        """Do whatever a step may do, on padding alone, and capture the graphs.
+
+        What the device sets up on first use is there afterwards: modules, workspaces of products,
+        memory of sorts. Later steps take no more of it.
 
         Args:
             progress: told the fraction done.
         """
-        tokens = self._arena.tokens
+        torch.cuda.synchronize()  # weights and zeros are written on another stream
         with torch.cuda.stream(self._stream):
-            tokens.zero_()
-            self._backend.stage(tokens)
-            self._backend.begin(len(tokens), 0, None)
-            self._model.forward(self._backend, self._backend.embed(self._model.embedding))
+            self._arena.tokens.zero_()
+            for num_tokens in warm_up_sizes(len(self._arena.tokens), self._info.max_rows):
+                self._warm_up_forward(num_tokens)
+            self._warm_up_sampling(self._slots[0])
         self._graphs.capture(self._decode, self._stream, progress)
+        torch.cuda.synchronize()
+
+    def _warm_up_forward(self, num_tokens: int) -> None:
+        """A row of padding that decodes, and one token of prefill at position 0 of block 0."""
+        backend, model, max_rows = self._backend, self._model, self._info.max_rows
+        item = torch.tensor([[0, 0, 1, 0]], dtype=torch.int32, device=backend.torch_device)
+        backend.stage(self._arena.tokens[:num_tokens])
+        backend.begin(num_tokens, 1, item)
+        hidden = model.forward(backend, backend.embed(model.embedding))
+        indices = self._arena.columns["logits_indices"][:max_rows]  # zeros
+        model.logits(torch.index_select(hidden, 0, indices, out=self._selected))
+
+    def _warm_up_sampling(self, slot: StepSlot) -> None:
+        max_rows, vocab_size = self._info.max_rows, self._info.vocab_size
+        token_ids, status = slot.results
+        self._sample.resize(self._sample_launch, max_rows, token_ids, status)
+        self._sample_launch.run(self._stream.cuda_stream)
+        rows = np.arange(max_rows)
+        on_device = torch.from_numpy(rows.astype(np.int32)).to(self._backend.torch_device)
+        counts = np.full(max_rows, min(MAX_CANDIDATES, vocab_size), np.int64)
+        self._rank(slot, rows, on_device, counts)
+        slot.end.record(self._stream)
+        slot.copy_results(self._side)
+
+    @torch.inference_mode()
+    def use_pool(
+        self, pool: CudaKvPool, info: RunnerInfo, progress: Callable[[float], None]
+    ) -> None:
+        """Go on with another pool, described by `info`; what was in the old one is lost.
+
+        Waits for the device, and captures the graphs again, which read the pool.
+        """
+        torch.cuda.synchronize()
+        self.pool, self._info = pool, info
+        self._backend.use_pool(pool.blocks)
+        self._graphs.capture(self._decode, self._stream, progress)
+        torch.cuda.synchronize()
 
     @property
     def info(self) -> RunnerInfo:
@@ -124,13 +167,15 @@ class CudaRunner:
     def replace_samples(self, rows: IntArray, token_ids: IntArray) -> None:
         """Let rows [n] go on as if the last step had sampled token_ids [n]; for tests.
 
-        Waits for the device.
+        In the order of the steps; nobody waits.
         """
-        self._stream.synchronize()
         device = self._backend.torch_device
-        tokens = torch.from_numpy(token_ids.astype(np.int32)).to(device)
-        self._backend.last_tokens[torch.from_numpy(rows).long().to(device)] = tokens
-        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            places, tokens = (
+                torch.from_numpy(column.astype(np.int64)).pin_memory().to(device, non_blocking=True)
+                for column in (rows, token_ids)
+            )
+            self._backend.last_tokens.index_copy_(0, places, tokens.int())
 
     def reset(self) -> None:
         """See Runner. Rows hold nothing that a new row could read."""
@@ -182,7 +227,7 @@ class CudaRunner:
             self._sample_launch.run(self._stream.cuda_stream)
             if asked_on_device is not None:
                 counts = state.num_candidates[batch.sampling_rows[asked]].astype(np.int64)
-                ranked = self._rank(token_ids, asked, asked_on_device, counts)
+                ranked = self._rank(slot, asked, asked_on_device, counts)
         slot.end.record(self._stream)
         slot.copy_results(self._side)
         before, self._before = self._before, slot
@@ -236,20 +281,15 @@ class CudaRunner:
 
     def _rank(
         self,
-        token_ids: Tensor,
+        slot: StepSlot,
         asked: npt.NDArray[np.int64],
         asked_on_device: Tensor,
         counts: npt.NDArray[np.int64],
     ) -> Ranked:
         logits = self._backend.logits[:, : self._info.vocab_size]
-        values = rank(
-            logits.index_select(0, asked_on_device),
-            token_ids.index_select(0, asked_on_device),
-            int(counts.max()),
-        )
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        return Ranked(host, asked, counts)
+        values, on_host = slot.take_ranked(asked.size, int(counts.max()))
+        self._ranker.rank(logits, asked_on_device, slot.results[0], values)
+        return Ranked(on_host, asked, counts)
 
     # ---- what the host says
 
@@ -311,6 +351,17 @@ def table_entries(plan: Plan, state: RowState, stride: int) -> npt.NDArray[np.in
     entries[:, 0] = rows * stride + places
     entries[:, 1] = state.block_table[rows, places]
     return entries
+
+
+def warm_up_sizes(max_tokens: int, max_rows: int) -> list[int]:
+    """Tokens of the steps that a warm-up runs: halves of the largest, down to what graphs do.
+
+    Products of other sizes choose among the same kernels.
+    """
+    sizes = [max_tokens]
+    while sizes[-1] > max_rows:
+        sizes.append(max(sizes[-1] // 2, max_rows))
+    return sizes
 
 
 def _is_plain_decode(batch: StepBatch) -> bool:
