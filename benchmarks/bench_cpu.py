@@ -46,6 +46,7 @@ NUM_THREADS: Final = 2
 _NUM_DECODING: Final = 8
 _ARRIVING_PROMPT_TOKENS: Final = 1500
 _TOKENS_BEFORE_ARRIVAL: Final = 40
+_NAMES: Final = ("single", "equal", "conversation")
 _MAX_IDLE_CORES: Final = 0.03
 _MAX_FOREIGN_CORES: Final = 0.2
 """More, and the figures say little: two spinning threads suffer most from a third."""
@@ -141,7 +142,8 @@ class Results:
         """Our decode step by rows, where it was seen."""
         steps = {_NUM_DECODING: self.arrival.decode_step_s}
         for name in ("single", "equal"):
-            comparison = self.comparisons[name]
+            if (comparison := self.comparisons.get(name)) is None:
+                continue
             times = [pair.ours.step_s for pair in comparison.pairs if pair.ours.step_s]
             steps[comparison.num_requests] = median(times)
         return steps
@@ -267,11 +269,13 @@ def main() -> int:
     parser.add_argument("--model", default=store.DEFAULT_MODEL)
     parser.add_argument("--pairs", type=int, default=1, help="of the two long workloads")
     parser.add_argument("--quick", action="store_true", help="small loads; nothing is written")
+    parser.add_argument("--only", choices=_NAMES, help="one workload, into cpu_NAME.json")
     flags = parser.parse_args()
     try:
         model_path = store.resolve(flags.model)
         vocab_size = model_dir.load(model_path).vocab_size
         loads = workloads(vocab_size, flags.pairs, is_quick=flags.quick)
+        loads = [load for load in loads if flags.only in (None, load.name)]
         results = uvloop.run(measure(model_path, loads))
     except (ModelImportError, ServeError, PeerError, ProcessError, BlockyardError) as error:
         print(f"cannot run: {error}", file=sys.stderr)
@@ -282,7 +286,7 @@ def main() -> int:
     if not flags.quick:
         document = asdict(results) | {"model": model_path.name, "num_threads": NUM_THREADS}
         document["decode_step_s"] = results.step_times_s()
-        report.write("cpu", document, reached)
+        report.write(f"cpu_{flags.only}" if flags.only else "cpu", document, reached)
     return 0 if are_met else 1
 
 

@@ -181,7 +181,7 @@ def measure_products(bench: StepBench, watch: Stopwatch) -> list[dict[str, float
     plain = [partial(torch.nn.functional.linear, weight=weight) for weight in weights]
     packed = [CpuLinear(weight, None) for weight in weights]
     for linear in packed:
-        linear.drop_plain()
+        linear.use_few(0)
     found = []
     for num_rows in _ROWS:
         inputs = [torch.randn(num_rows, weight.shape[1]) for weight in weights]

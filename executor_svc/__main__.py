@@ -6,14 +6,16 @@ Exit codes: 0 stopped by a signal, 1 device lost, 2 unusable settings, model dir
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Final, NoReturn
 
 import uvloop
 
 from blockyard.common import logs, model_dir
 from blockyard.common.listen_address import ListenError, claim
+from blockyard.common.reloading import FileError
 from blockyard.common.settings import run_service
 from cupy_kernels.errors import KernelError
 from executor_svc.config import ExecutorSettings
@@ -56,9 +58,13 @@ def _load(settings: ExecutorSettings) -> Runner:
 
 
 def _serve(settings: ExecutorSettings) -> int:
-    claim(settings.listen)  # before the model is loaded, not after
+    # Before the model is loaded, not after.
+    claim(settings.listen)
+    security = settings.link_security()
     try:
-        uvloop.run(serve(_load(settings), settings.listen))
+        runner = _load(settings)
+        grace_s = settings.drain_grace_s
+        uvloop.run(serve(runner, settings.listen, grace_s, security, settings.admin))
     except FatalDeviceError as error:
         log.error("device lost: %s", error)
         return DEVICE_LOST
@@ -67,9 +73,22 @@ def _serve(settings: ExecutorSettings) -> int:
 
 def main(arguments: list[str]) -> int:
     """Load the model and serve it until a signal; returns the exit code."""
-    unusable = (model_dir.ModelDirError, ModelError, KernelError, KvPoolError, ListenError)
+    unusable = (
+        *(model_dir.ModelDirError, ModelError, KernelError, KvPoolError),
+        *(ListenError, FileError),
+    )
     return run_service("executor", ExecutorSettings, arguments, _serve, unusable)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process: at once if the device is lost, whose libraries fail while they clean up."""
+    if code == DEVICE_LOST:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

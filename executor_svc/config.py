@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from blockyard.common.settings import ServiceSettings, settings_config
+from blockyard.common.link_security import LinkSettings
+from blockyard.common.settings import settings_config
 from blockyard.common.sizes import parse_size
 
 
@@ -20,7 +21,7 @@ ByteSize = Annotated[int, BeforeValidator(_size)]
 """Bytes; also reads 512MiB, 1.5GB, ..."""
 
 
-class ExecutorSettings(ServiceSettings):
+class ExecutorSettings(LinkSettings):
     """One frozen object; nothing else in an executor reads the environment."""
 
     model_config = settings_config("executor", "executor_svc")
@@ -52,13 +53,23 @@ class ExecutorSettings(ServiceSettings):
         None, ge=1, description="Most requests resident at once; not set: 64, on a GPU 512."
     )
     max_num_batched_tokens: int | None = Field(
-        None, ge=1, description="Most tokens in one step; not set: 256, on a GPU 8192."
+        None,
+        ge=1,
+        description="Most tokens in a step; not set: 64 to 256 by the CPU's speed, on a GPU 8192.",
     )
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt + output; not set: the model's."
+    )
+    drain_grace_s: float = Field(
+        0.0, ge=0, description="After SIGTERM, how long to go on for a scheduler that stays [s]."
     )
     num_threads: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)),
         ge=1,
         description="Threads that compute; not set: one per available CPU.",
     )
+
+    @model_validator(mode="after")
+    def _is_closed_to_others(self) -> Self:
+        self.check_internal(self.listen)
+        return self

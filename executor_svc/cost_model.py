@@ -14,7 +14,10 @@ WINDOW_STEPS: Final = 256
 """Steps that the fit looks back on."""
 
 MIN_STEPS: Final = 32
-"""Fewer say nothing: the model is all zero until then."""
+"""Fewer say nothing."""
+
+_FREE_TOKENS: Final = (0, 64, 128, 192, 224, 256, 288, 320)
+"""What is tried for CostModel.free_tokens."""
 
 
 class StepSamples:
@@ -26,6 +29,7 @@ class StepSamples:
         # [step, (1, tokens, context bytes, swapped bytes, ns)]; a row is written in one go.
         self._samples = np.zeros((WINDOW_STEPS, 5))
         self._num_steps = 0
+        self._known = pb.CostModel()
 
     def add(self, plan: Plan, batch: StepBatch, step_ns: int) -> None:
         """Remember one step; empty batches and unmeasured steps say nothing and are left out."""
@@ -38,19 +42,28 @@ class StepSamples:
     def fit(self) -> pb.CostModel:
         """Least squares of the relative error over the window, no price below zero.
 
-        All zero while there are too few steps, or all steps have about the same number of tokens,
-        so that the price of a step cannot be told from the price of its tokens. Where swaps run
+        A window whose steps are too few, or have all about the same number of tokens, cannot tell
+        the price of a step from the price of its tokens: then the last prices found count, which
+        are zero at first. Likewise one without swaps does not change their price. Where swaps run
         beside the steps, whose times then do not tell of them, their price is what was measured at
         start.
         """
         samples = self._samples[: self._num_steps].copy()
-        tokens = samples[:, 1]
-        if len(samples) < MIN_STEPS or tokens.max() < 2 * tokens.min():
-            return pb.CostModel()
-        cost = fit_steps(samples[:, :4], samples[:, 4])
+        if _tells_prices(samples[:, 1]):
+            found = fit_steps(samples[:, :4], samples[:, 4])
+            if found.token_ns:
+                found.swap_bytes_per_s = found.swap_bytes_per_s or self._known.swap_bytes_per_s
+                self._known = found
+        cost = pb.CostModel()
+        cost.CopyFrom(self._known)
         if self._swap_bytes_per_s:
             cost.swap_bytes_per_s = self._swap_bytes_per_s
         return cost
+
+
+def _tells_prices(tokens: np.ndarray) -> bool:
+    """Whether steps of so many tokens [n] are enough, and different enough, for a fit."""
+    return len(tokens) >= MIN_STEPS and bool(tokens.max() >= 2 * tokens.min())
 
 
 def step_features(
@@ -67,28 +80,65 @@ def step_features(
     )
 
 
-def fit_steps(features: np.ndarray, times_ns: np.ndarray) -> pb.CostModel:
-    """Prices for step_features [n, 4] and times [n]; see StepSamples.fit."""
-    step_ns, token_ns, context_ns, swap_ns = _fit_non_negative(features, times_ns)
+def fit_steps(
+    features: np.ndarray, times_ns: np.ndarray, weights: np.ndarray | None = None
+) -> pb.CostModel:
+    """Prices for step_features [n, 4] and times [n]; see StepSamples.fit.
+
+    weights [n] are of the squares of the relative errors; None: all the same.
+    """
+    roots = np.ones(len(times_ns)) if weights is None else np.sqrt(weights)
+    tokens = features[:, 1]
+    # Free tokens can be told only if some steps have far more.
+    candidates = [free for free in _FREE_TOKENS if free <= tokens.max() / 2]
+    fits = [_fit_with(features, times_ns, roots, free) for free in candidates]
+
+    def error(cost: pb.CostModel) -> float:
+        return float(np.square(roots * (predict_ns(cost, features) / times_ns - 1)).sum())
+
+    return min(fits, key=error)
+
+
+def predict_ns(cost: pb.CostModel, features: np.ndarray) -> np.ndarray:
+    """Times [n] of steps with step_features [n, 4]."""
+    rates = (cost.kv_bytes_per_s, cost.swap_bytes_per_s)
+    prices = [cost.step_ns, cost.token_ns, *(1e9 / rate if rate else 0.0 for rate in rates)]
+    times_ns: np.ndarray = _priced(features, cost.free_tokens) @ np.array(prices)
+    return times_ns
+
+
+def _priced(features: np.ndarray, free_tokens: int) -> np.ndarray:
+    priced = features.copy()
+    priced[:, 1] = np.maximum(priced[:, 1] - free_tokens, 0)
+    return priced
+
+
+def _fit_with(
+    features: np.ndarray, times_ns: np.ndarray, roots: np.ndarray, free_tokens: int
+) -> pb.CostModel:
+    prices = _fit_non_negative(_priced(features, free_tokens), times_ns, roots)
+    step_ns, token_ns, context_ns, swap_ns = prices
     return pb.CostModel(
         step_ns=step_ns,
         token_ns=token_ns,
         kv_bytes_per_s=1e9 / context_ns if context_ns else 0.0,
         swap_bytes_per_s=1e9 / swap_ns if swap_ns else 0.0,
+        free_tokens=free_tokens,
     )
 
 
-def _fit_non_negative(features: np.ndarray, times: np.ndarray) -> list[float]:
+def _fit_non_negative(features: np.ndarray, times: np.ndarray, roots: np.ndarray) -> list[float]:
     """Coefficients [k] of features [n, k] for times [n]; the most negative is dropped, repeatedly.
 
-    Relative errors are minimised, so that a long step, or a slow first one, weighs no more.
+    Relative errors times `roots` [n] are minimised, so that a long step, or a slow first one,
+    weighs no more.
     """
-    weighted = features / times[:, None]
+    weighted = features / times[:, None] * roots[:, None]
     scale = np.maximum(np.abs(weighted).max(axis=0), 1e-300)
     coefficients = np.zeros(features.shape[1])
     active = np.flatnonzero(weighted.any(axis=0))
     while active.size:
-        found = np.linalg.lstsq(weighted[:, active] / scale[active], np.ones(len(times)))[0]
+        found = np.linalg.lstsq(weighted[:, active] / scale[active], roots)[0]
         if found.min() >= 0:
             coefficients[active] = found / scale[active]
             break

@@ -76,6 +76,18 @@ def _allocate(num_blocks: int, block_bytes: int) -> npt.NDArray[np.float32]:
     num_bytes = num_blocks * block_bytes
     if not num_bytes:
         return np.zeros((0, block_bytes // 4), np.float32)
+    memory = map_memory(num_bytes)
+    blocks = np.frombuffer(memory, np.float32).reshape(num_blocks, block_bytes // 4)
+    # Touch every page now, so that a lack of memory shows at start.
+    blocks.fill(0)
+    return blocks
+
+
+def map_memory(num_bytes: int) -> mmap.mmap:
+    """Zeroed memory of this process alone, on huge pages if it is large; nothing is touched yet.
+
+    Raises KvPoolError.
+    """
     try:
         # Private: shared memory would get no huge pages.
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -83,7 +95,4 @@ def _allocate(num_blocks: int, block_bytes: int) -> npt.NDArray[np.float32]:
         raise KvPoolError(f"cannot allocate {num_bytes} bytes of KV memory: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE") and num_bytes >= _HUGE_PAGE_BYTES:
         memory.madvise(mmap.MADV_HUGEPAGE)
-    blocks = np.frombuffer(memory, np.float32).reshape(num_blocks, block_bytes // 4)
-    # Touch every page now, so that a lack of memory shows at start.
-    blocks.fill(0)
-    return blocks
+    return memory

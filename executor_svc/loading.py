@@ -14,14 +14,13 @@ from blockyard.common import model_dir
 from cupy_kernels.device import Device
 from cupy_kernels.errors import MissingLibraryError, NoGpuError
 from executor_svc.config import ExecutorSettings
-from executor_svc.main_memory import check_pools_fit
+from executor_svc.main_memory import check_can_lock, check_pools_fit
 from executor_svc.model.config import parse_config
 from executor_svc.model.errors import ModelError
 from executor_svc.runner import Runner
 
 _CPU_KV_BYTES: Final = 1 << 30
 _CPU_MAX_ROWS: Final = 64
-_CPU_BATCHED_TOKENS: Final = 256
 _GPU_MAX_ROWS: Final = 512
 _GPU_BATCHED_TOKENS: Final = 8192
 _CPU_KV_ELEMENT_BYTES: Final = 4
@@ -43,10 +42,11 @@ def load_runner(settings: ExecutorSettings, progress: Progress) -> Runner:
         ModelError: the model is not supported, or its weights do not match it.
         KernelError: the GPU cannot be used, or not for this model.
         KvPoolError: the memory holds no usable pool.
+        FatalDeviceError: the GPU failed; a new process may do better.
     """
     config = parse_config(model_dir.load(settings.model_dir).config)
     if wants_gpu(settings.device):
-        check_pools_fit(0, settings.host_memory)
+        check_can_lock(settings.host_memory)
         return _load_gpu(settings, progress)
     if settings.load_format == "dummy":
         raise ModelError("random weights (--load-format dummy) are for GPUs")
@@ -60,7 +60,7 @@ def load_runner(settings: ExecutorSettings, progress: Progress) -> Runner:
         kv_memory_bytes=kv_memory,
         block_size=settings.block_size,
         max_rows=settings.max_rows or _CPU_MAX_ROWS,
-        max_num_batched_tokens=settings.max_num_batched_tokens or _CPU_BATCHED_TOKENS,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         num_threads=settings.num_threads,
         num_host_blocks=settings.host_memory // block_bytes,

@@ -11,6 +11,7 @@ from typing import Final
 from executor_svc.kv_pool import KvPoolError
 
 _GIB: Final = 1 << 30
+_MEMINFO: Final = Path("/proc/meminfo")
 _CONTAINER_LIMITS: Final = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -25,6 +26,29 @@ def limit_bytes(container_limits: Sequence[Path] = _CONTAINER_LIMITS) -> int:
         with contextlib.suppress(OSError, ValueError):
             limits.append(int(path.read_text()))
     return min(limits)
+
+
+def available_bytes(meminfo: Path = _MEMINFO) -> int:
+    """What could be had now without taking it from anybody, or the limit if that is less."""
+    limit = limit_bytes()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(limit, int(line.split()[1]) * 1024)
+    return limit
+
+
+def check_can_lock(host_memory_bytes: int, meminfo: Path = _MEMINFO) -> None:
+    """Raise KvPoolError for a host pool larger than what is available.
+
+    Locked memory cannot be swapped out: to make room, the kernel would kill somebody.
+    """
+    available = available_bytes(meminfo)
+    if host_memory_bytes > available:
+        raise KvPoolError(
+            f"host memory of {host_memory_bytes / _GIB:.1f} GiB is to be locked, and only "
+            f"{available / _GIB:.1f} GiB are available; choose a smaller --host-memory"
+        )
 
 
 def check_pools_fit(kv_memory_bytes: int, host_memory_bytes: int) -> None:

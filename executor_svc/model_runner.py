@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
@@ -40,6 +41,13 @@ if TYPE_CHECKING:
 
 # The history on the host may lack what the steps in flight sampled, and the last input.
 _NUM_RECENT: Final = MAX_WINDOW + 1
+
+# See tokens_per_step.
+_LONGEST_STEP_S: Final = 0.3
+_STEP_UNIT: Final = 32
+_MIN_TOKENS_PER_STEP: Final = 64
+_MAX_TOKENS_PER_STEP: Final = 256
+_TIMED_TOKENS: Final = 64
 
 
 class _FinishedStep:
@@ -75,7 +83,7 @@ class ModelRunner:
         kv_memory_bytes: int,
         block_size: int,
         max_rows: int,
-        max_num_batched_tokens: int,
+        max_num_batched_tokens: int | None,
         max_model_len: int | None,
         num_threads: int,
         num_host_blocks: int = 0,
@@ -88,7 +96,7 @@ class ModelRunner:
             kv_memory_bytes: bound of the device pool, the padding block included.
             block_size: tokens per KV block.
             max_rows: rows resident at once.
-            max_num_batched_tokens: most tokens in one step.
+            max_num_batched_tokens: most tokens in one step; None: see tokens_per_step.
             max_model_len: longest sequence; None: what the model's positions allow.
             num_threads: threads that compute.
             num_host_blocks: blocks of the host pool.
@@ -103,7 +111,8 @@ class ModelRunner:
         directory = model_dirs.load(model_dir)
         config = parse_config(directory.config)
         longest = model_len(config, max_model_len)
-        backend = CpuBackend(config, block_size, max_num_batched_tokens, longest, num_threads)
+        max_tokens = max_num_batched_tokens or max(_MAX_TOKENS_PER_STEP, max_rows)
+        backend = CpuBackend(config, block_size, max_tokens, longest, num_threads)
         num_blocks = KvPool.num_blocks(kv_memory_bytes, backend.block_bytes)
         model = _load_model(directory, config, backend, partial(report, "loading weights"))
         report("allocating blocks", 0.0)
@@ -118,13 +127,13 @@ class ModelRunner:
             num_device_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
             max_rows=max_rows,
-            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_batched_tokens=max_tokens,
             block_bytes=backend.block_bytes,
             device=backend.device,
         )
         runner = cls(info, model, backend, pool)
         report("compiling kernels", 0.0)
-        runner._warm_up()
+        runner._prepare(is_sized=max_num_batched_tokens is not None)
         report("ready", 1.0)
         return runner
 
@@ -143,8 +152,10 @@ class ModelRunner:
 
     def launch(self, plan: Plan, state: RowState, batch: StepBatch) -> _FinishedStep:
         """See Runner. The step is done when this returns."""
+        begin_ns = time.perf_counter_ns()
         self._move(plan)
-        return _FinishedStep(self._step(state, batch))
+        move_ns = time.perf_counter_ns() - begin_ns
+        return _FinishedStep(self._step(state, batch, move_ns))
 
     def _move(self, plan: Plan) -> None:
         # Forks move no token: forked rows get every input from the scheduler.
@@ -153,11 +164,11 @@ class ModelRunner:
         self._pool.swap_in(plan.swap_in)
 
     @torch.inference_mode()
-    def _step(self, state: RowState, batch: StepBatch) -> StepOutputs:
+    def _step(self, state: RowState, batch: StepBatch, move_ns: int = 0) -> StepOutputs:
         begin_ns = time.perf_counter_ns()
-        idle_ns = begin_ns - self._last_end_ns if self._last_end_ns else 0
+        idle_ns = begin_ns - self._last_end_ns - move_ns if self._last_end_ns else 0
         if not batch.rows.size and not batch.sampling_rows.size:
-            return StepOutputs(token_ids=np.empty(0, np.int32))
+            return StepOutputs(token_ids=np.empty(0, np.int32), move_ns=move_ns)
         self._backend.use_threads()
         self._backend.begin_step(batch, state.block_table)
         residual = self._backend.embed(self._model.embedding, self._inputs(batch))
@@ -178,6 +189,7 @@ class ModelRunner:
             forward_ns=sample_begin_ns - begin_ns,
             sample_ns=end_ns - sample_begin_ns,
             idle_ns=idle_ns,
+            move_ns=move_ns,
         )
 
     def _inputs(self, batch: StepBatch) -> IntArray:
@@ -262,12 +274,50 @@ class ModelRunner:
         )
         sampler.sample(logits, params, one, self._backend.num_threads)
 
+    def _prepare(self, *, is_sized: bool) -> None:
+        """Make the first request as fast as any; choose the step's size if it is not set."""
+        self._warm_up()
+        if not is_sized:
+            self._choose_tokens_per_step()
+
+    def _choose_tokens_per_step(self) -> None:
+        """Time prefill and bound the step by it, but let every row take part in one."""
+        num_tokens = min(_TIMED_TOKENS, self._info.max_model_len)
+        seconds = min(self._prefill_padding(num_tokens) for _ in range(2))
+        chosen = max(tokens_per_step(num_tokens / seconds), self._info.max_rows)
+        self._info = replace(self._info, max_num_batched_tokens=chosen)
+
+    @torch.inference_mode()
+    def _prefill_padding(self, num_tokens: int) -> float:
+        """Seconds that a prompt of so many tokens takes, on the padding block."""
+        begin_s = time.perf_counter()
+        row: IntArray = np.zeros(1, np.int32)
+        counts: IntArray = np.full(1, num_tokens, np.int32)
+        token_ids: IntArray = np.zeros(num_tokens, np.int32)
+        table: IntArray = np.zeros((1, num_tokens // self._info.block_size + 1), np.int32)
+        batch = StepBatch(row, counts, row, 0, token_ids, row, row, row)
+        self._backend.begin_step(batch, table)
+        self._model.forward(
+            self._backend, self._backend.embed(self._model.embedding, batch.token_ids)
+        )
+        return time.perf_counter() - begin_s
+
+
+def tokens_per_step(tokens_per_s: float) -> int:
+    """Most tokens in a step, by the speed of prefill.
+
+    A step delays every other stream, so it should not take long; but large steps are efficient.
+    """
+    fitting = int(_LONGEST_STEP_S * tokens_per_s) // _STEP_UNIT * _STEP_UNIT
+    return min(max(fitting, _MIN_TOKENS_PER_STEP), _MAX_TOKENS_PER_STEP)
+
 
 def _load_model(
     directory: ModelDir, config: ModelConfig, backend: CpuBackend, progress: Callable[[float], None]
 ) -> LlamaModel:
     backend.use_threads()
-    with torch.inference_mode(), Weights(directory.weight_files) as weights:
+    files, codes_file = directory.weight_files, directory.codes_file
+    with torch.inference_mode(), Weights(files, codes_file) as weights:
         model = load_llama(config, weights, backend, progress)
         backend.choose_products()
         return model

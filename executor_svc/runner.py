@@ -74,6 +74,7 @@ class StepOutputs:
     forward_ns: int = 0
     sample_ns: int = 0
     idle_ns: int = 0
+    move_ns: int = 0  # of blocks, before the forward pass
 
 
 class PendingStep(Protocol):

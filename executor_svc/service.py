@@ -7,6 +7,7 @@ a stream is up, so a stream may break at any moment and the next one goes on whe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Final
 import grpc
 
 from blockyard.common import logs
+from blockyard.common.process import process_usage
 from blockyard.common.protocol import EXECUTOR_PROTOCOL_VERSION, HEARTBEAT_INTERVAL_S
 from blockyard.executor.v1 import executor_pb2 as pb
 from blockyard.executor.v1 import executor_pb2_grpc as pb_grpc
@@ -62,6 +64,8 @@ class ExecutorServicer(pb_grpc.ExecutorServiceServicer):
         self._ledger = StepLedger()
         self._stream: _Stream | None = None
         self._scheduler_id = 0
+        self._has_left = asyncio.Event()  # there is no stream
+        self._has_left.set()
         self._is_stopping = False
         self._fatal: asyncio.Future[str] | None = None
 
@@ -71,6 +75,11 @@ class ExecutorServicer(pb_grpc.ExecutorServiceServicer):
         self._worker.start(loop)
         self._fatal = loop.create_future()
         return self._fatal
+
+    async def until_left(self, limit_s: float) -> None:
+        """Wait until no scheduler's stream is up, but not longer than the limit."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._has_left.wait(), limit_s)
 
     async def stop(self) -> None:
         """Refuse new streams, end the live one, then the worker after the steps under way."""
@@ -117,6 +126,7 @@ class ExecutorServicer(pb_grpc.ExecutorServiceServicer):
                 task.cancel()
             if self._stream is stream:
                 self._stream = None
+                self._has_left.set()
         if stream.error is not None:
             await context.abort(*stream.error)
 
@@ -162,6 +172,7 @@ class ExecutorServicer(pb_grpc.ExecutorServiceServicer):
                 await context.abort(grpc.StatusCode.ABORTED, message)
             self._stream.end((grpc.StatusCode.ABORTED, "replaced by a newer stream"))
         self._stream = _Stream(opening.scheduler_id, now_s)
+        self._has_left.clear()
         self._resume_or_reset(opening, self._stream)
         return self._stream
 
@@ -233,10 +244,13 @@ class ExecutorServicer(pb_grpc.ExecutorServiceServicer):
         while True:
             # Frames that wait to be taken say the same, and a reader that is stuck gets no more.
             if stream.frames.empty():
+                usage = process_usage()
                 heartbeat = pb.Heartbeat(
                     applied_step_id=self._ledger.applied_step_id,
                     completed_step_id=self._ledger.completed_step_id,
                     cost_model=self._worker.cost_model(),
+                    cpu_seconds=usage.cpu_s,
+                    resident_bytes=usage.resident_bytes,
                 )
                 stream.send(pb.RunResponse(heartbeat=heartbeat))
             await asyncio.sleep(self._heartbeat_interval_s)

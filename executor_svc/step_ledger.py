@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from blockyard.common.protocol import KEPT_RESULTS
+from blockyard.common.protocol import KEPT_RESULTS, MAX_WINDOW
 from blockyard.executor.v1 import executor_pb2 as pb
 from executor_svc.plan import PlanError
 
@@ -40,13 +40,17 @@ class StepLedger:
     def accept(self, epoch: int, step_id: int) -> bool:
         """Whether the plan is the next one and now counts as applied; False: it is known already.
 
-        Raises PlanError for another epoch, a gap, or a step whose result is no longer kept.
+        Raises PlanError for another epoch, a gap, a plan beyond the widest window, or a step whose
+        result is no longer kept.
         """
         if self.epoch == NO_EPOCH or epoch != self.epoch:
             raise PlanError(f"epoch {epoch}: the current one is {self.epoch}")
         if step_id > self.applied_step_id + 1:
             raise PlanError(f"step {step_id} leaves a gap")
         if step_id == self.applied_step_id + 1:
+            # Buffers of steps take turns: one more under way would overwrite the first one's.
+            if step_id > self.completed_step_id + MAX_WINDOW:
+                raise PlanError(f"step {step_id}: {MAX_WINDOW} plans are under way already")
             self.applied_step_id = step_id
             return True
         if step_id <= self.completed_step_id and self.kept(step_id) is None:

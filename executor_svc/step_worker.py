@@ -80,6 +80,7 @@ class LaunchedStep:
                 forward_ns=outputs.forward_ns,
                 sample_ns=outputs.sample_ns,
                 idle_ns=outputs.idle_ns,
+                move_ns=outputs.move_ns,
             ),
         )
         return result, outputs

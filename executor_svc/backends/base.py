@@ -12,6 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from executor_svc.model.codes import Codes
+
 Linear = Callable[[Tensor], Tensor]
 """[T, in_features] -> [T, out_features]."""
 
@@ -22,10 +24,15 @@ class Backend(Protocol):
     def place(self, weight: Tensor) -> Tensor:
         """Bring a weight of any float type to the device, in its element type."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Bring placed weight [out_features, in_features] and bias into the device's own form."""
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, codes: Codes | None = None
+    ) -> Linear:
+        """Bring placed weight [out_features, in_features] and bias into the device's own form.
 
-    def pack_head(self, weight: Tensor) -> Linear:
+        A device may also compute with the weight's codes, if there are any.
+        """
+
+    def pack_head(self, weight: Tensor, codes: Codes | None = None) -> Linear:
         """The same for the projection to the vocabulary, of as many tokens as rows sample."""
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from executor_svc.backends.base import Linear
 from executor_svc.kv_pool import KvPool
+from executor_svc.model.codes import Codes
 from executor_svc.model.config import ModelConfig
 from executor_svc.runner import IntArray, StepBatch
 
@@ -42,11 +43,13 @@ class ReferenceBackend:
         """See Backend."""
         return weight.to(torch.float32)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, codes: Codes | None = None
+    ) -> Linear:
         """See Backend."""
         return lambda x: functional.linear(x, weight, bias)
 
-    def pack_head(self, weight: Tensor) -> Linear:
+    def pack_head(self, weight: Tensor, codes: Codes | None = None) -> Linear:
         """See Backend."""
         return self.pack_linear(weight, None)
 

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from executor_svc.backends.base import Backend, Linear
+from executor_svc.model.codes import stack
 from executor_svc.model.config import ModelConfig
 from executor_svc.model.errors import WeightsError
 from executor_svc.model.weights import TensorSource
+
+_EMBEDDING: Final = "model.embed_tokens.weight"
+_HEAD: Final = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,12 @@ class _Loader:
         bias = None
         if has_bias:
             bias = torch.cat([self.tensor(f"{n}.bias", rows) for n, rows in parts.items()])
-        return self._backend.pack_linear(weight, bias)
+        codes = stack([self._weights.codes(f"{n}.weight", (r, in_size)) for n, r in parts.items()])
+        return self._backend.pack_linear(weight, bias, codes)
+
+    def head(self, name: str, weight: Tensor) -> Linear:
+        """The projection to the vocabulary by the tensor of this name."""
+        return self._backend.pack_head(weight, self._weights.codes(name, tuple(weight.shape)))
 
     def layer(self, index: int) -> Layer:
         config = self._config
@@ -135,17 +145,17 @@ def load_llama(
     """
     loader = _Loader(config, weights, backend)
     vocab, hidden = config.vocab_size, config.hidden_size
-    embedding = loader.tensor("model.embed_tokens.weight", vocab, hidden)
+    embedding = loader.tensor(_EMBEDDING, vocab, hidden)
     layers = []
     for index in range(config.num_layers):
         layers.append(loader.layer(index))
         progress((index + 1) / config.num_layers)
     final_norm = loader.tensor("model.norm.weight", hidden)
     if config.is_tied:
-        weights.drop("lm_head.weight")
-        lm_head = backend.pack_head(embedding)
+        weights.drop(_HEAD)
+        lm_head = loader.head(_EMBEDDING, embedding)
     else:
-        lm_head = backend.pack_head(loader.tensor("lm_head.weight", vocab, hidden))
+        lm_head = loader.head(_HEAD, loader.tensor(_HEAD, vocab, hidden))
     if weights.remaining:
         raise WeightsError(
             f"tensor {weights.remaining[0]!r} and {len(weights.remaining) - 1} more do not belong "

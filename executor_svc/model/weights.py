@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from executor_svc.model.codes import Codes, CodesFile
 from executor_svc.model.errors import WeightsError
 
 _FLOAT_TYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,6 +34,9 @@ class TensorSource(Protocol):
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One tensor, of a floating type, anywhere. Raises WeightsError."""
+
+    def codes(self, name: str, shape: tuple[int, ...]) -> Codes | None:
+        """What that tensor was decoded from, if that is known. Raises WeightsError."""
 
 
 class DummyWeights:
@@ -58,6 +62,10 @@ class DummyWeights:
             return tensor.fill_(1)
         return tensor.normal_(0, 0.02, generator=self._generator)
 
+    def codes(self, name: str, shape: tuple[int, ...]) -> Codes | None:
+        """None."""
+        return None
+
 
 class Weights:
     """Named tensors over one or several files, mapped, not read, until asked for.
@@ -65,7 +73,7 @@ class Weights:
     A context manager; `take` may be called while it is open, once per tensor.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], codes_file: Path | None = None) -> None:
         """Open all files. Raises WeightsError for one that is missing, damaged or pickled."""
         self._stack = ExitStack()
         self._handles: dict[str, tuple[Path, Any]] = {}
@@ -74,6 +82,7 @@ class Weights:
         try:
             for path in files:
                 self._open(path)
+            self._codes = codes_file and self._stack.enter_context(CodesFile(codes_file))
         except WeightsError:
             self._stack.close()
             raise
@@ -119,6 +128,10 @@ class Weights:
         if tensor.dtype not in _FLOAT_TYPES:
             raise WeightsError(f"{path}: tensor {name!r} has type {tensor.dtype}")
         return tensor
+
+    def codes(self, name: str, shape: tuple[int, ...]) -> Codes | None:
+        """See TensorSource; whether they decode to the tensor is not checked here."""
+        return self._codes.take(name, shape) if self._codes else None
 
     def _open(self, path: Path) -> None:
         if path.suffix in _PICKLED:

@@ -60,11 +60,56 @@ def test_prices_are_found(count: int) -> None:
     assert model.swap_bytes_per_s == pytest.approx(1e9 / NS_PER_SWAPPED_BYTE, rel=0.01)
 
 
+def test_tokens_that_cost_nothing_are_found() -> None:
+    """Steps of few tokens take as long as reading the weights does."""
+    rng = random.Random(4)
+    samples = StepSamples(INFO)
+    for _ in range(WINDOW_STEPS):
+        tokens = rng.choice([1, 60, 130, 200, 300, 700, 1500])
+        plan, batch, _ = step(tokens, tokens)
+        step_ns = STEP_NS + TOKEN_NS * max(0, tokens - 192) + NS_PER_BYTE * 8 * tokens
+        samples.add(plan, batch, int(step_ns))
+    model = samples.fit()
+    assert model.free_tokens == 192
+    assert model.step_ns == pytest.approx(STEP_NS, rel=0.01)
+    assert model.token_ns == pytest.approx(TOKEN_NS, rel=0.02)
+
+
 def test_equal_steps_tell_no_price() -> None:
     samples = StepSamples(INFO)
     for i in range(WINDOW_STEPS):
         samples.add(*step(8, 100 + i))
     assert samples.fit() == pb.CostModel()
+
+
+def test_equal_steps_leave_the_prices_found_before() -> None:
+    samples = varied(200)
+    before = samples.fit()
+    for i in range(WINDOW_STEPS):  # the window holds nothing else
+        samples.add(*step(8, 100 + i))
+    assert samples.fit() == before
+    assert before.token_ns > 0
+
+
+def test_steps_without_swaps_leave_their_price() -> None:
+    samples = varied(200)
+    before = samples.fit()
+    rng = random.Random(1)
+    for tokens in [1, 8, 64, 128] * (WINDOW_STEPS // 4):
+        samples.add(*step(tokens, tokens + rng.randrange(4000)))
+    after = samples.fit()
+    assert after.swap_bytes_per_s == before.swap_bytes_per_s > 0
+    assert after.token_ns == pytest.approx(TOKEN_NS, rel=0.01)
+
+
+def test_a_fit_without_a_price_of_tokens_is_none() -> None:
+    """More tokens in less time: the least squares under the limits make them free."""
+    samples = varied(WINDOW_STEPS)
+    before = samples.fit()
+    for tokens in [1, 128] * (WINDOW_STEPS // 2):
+        plan, batch, _ = step(tokens, 200)
+        samples.add(plan, batch, 10_000_000 // tokens)
+    assert samples.fit() == before
 
 
 def test_one_slow_step_moves_little() -> None:
@@ -94,6 +139,7 @@ def test_empty_batches_say_nothing() -> None:
 
 def test_a_measured_swap_rate_counts() -> None:
     samples = StepSamples(dataclasses.replace(INFO, swap_bytes_per_s=5e10))
+    assert samples.fit() == pb.CostModel(swap_bytes_per_s=5e10)
     for tokens in [1, 8, 64, 128] * MIN_STEPS:
         samples.add(*step(tokens, 2 * tokens))
     assert samples.fit().swap_bytes_per_s == 5e10

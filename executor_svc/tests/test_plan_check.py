@@ -32,8 +32,7 @@ def fresh(row: int = 5, **fields: Any) -> pb.NewRows:
     return new_rows({"row": row, "tokens": [1, 2, 3], "blocks": [20], **fields})
 
 
-@pytest.fixture
-def state() -> RowState:
+def decoding_rows() -> RowState:
     """Rows 0 and 1 decode, 2 is in prefill (3 of 10 done), 3 and 4 are driven and wait for inputs.
 
     The last batch was rows 0 and 1; each has 6 computed tokens in 2 blocks of 4.
@@ -58,6 +57,11 @@ def state() -> RowState:
         check(decoded, state, INFO)
         state.apply(decoded)
     return state
+
+
+@pytest.fixture
+def state() -> RowState:
+    return decoding_rows()
 
 
 def pairs(src: list[int], dst: list[int]) -> pb.BlockPairs:

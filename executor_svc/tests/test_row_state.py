@@ -316,8 +316,14 @@ def test_random_plans_against_plain_rows(seed: int, state: RowState) -> None:
         assert np.flatnonzero(state.is_live).tolist() == sorted(plain.rows)
 
 
-def test_steady_decode_of_1024_rows_is_cheap() -> None:
-    num_rows = 1024
+def test_a_steady_decode_step_costs_little_more_with_1024_rows_than_with_16() -> None:
+    # Decode, check and apply: some 60 us, nearly none of which is for a row.
+    costs_s = {num_rows: _steady_decode_s(num_rows) for num_rows in (16, 1024)}
+    assert costs_s[1024] < 3 * costs_s[16], costs_s
+
+
+def _steady_decode_s(num_rows: int) -> float:
+    """Of several such steps, the time of the fastest."""
     info = fake_info(
         num_device_blocks=num_rows + 1, max_rows=num_rows, max_num_batched_tokens=num_rows
     )
@@ -333,11 +339,9 @@ def test_steady_decode_of_1024_rows_is_cheap() -> None:
     )
     first = pb.Batch(rows=range(num_rows), num_decode_rows=num_rows)
     apply(state, pb.StepPlan(new_rows=rows, batch=first), info)
-    costs_us = []
+    costs_s = []
     for _ in range(15):
         start = time.perf_counter()
         apply(state, SAME, info)
-        costs_us.append((time.perf_counter() - start) * 1e6)
-    assert min(costs_us) < 200, (
-        "decode, check and apply together; about 60 when the machine is idle"
-    )
+        costs_s.append(time.perf_counter() - start)
+    return min(costs_s)

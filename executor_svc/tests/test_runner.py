@@ -13,7 +13,7 @@ from blockyard.common.model_dir import ModelDirError
 from blockyard.executor.v1 import executor_pb2 as pb
 from executor_svc.kv_pool import KvPoolError
 from executor_svc.model.errors import ModelError, UnsupportedModelError, WeightsError
-from executor_svc.model_runner import ModelRunner
+from executor_svc.model_runner import ModelRunner, tokens_per_step
 from executor_svc.tests.models import tiny_config, write_model
 from executor_svc.tests.plans import batch, new_rows
 from executor_svc.tests.runner_stack import RunnerStack, block_bytes_of
@@ -249,3 +249,16 @@ def test_what_cannot_be_served_is_a_typed_error(
             max_model_len=max_len,
             num_threads=1,
         )
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_s", "tokens"),
+    [(1.0, 64), (215.0, 64), (330.0, 96), (640.0, 192), (1_250.0, 256)],
+)
+def test_slow_machines_take_smaller_steps(tokens_per_s: float, tokens: int) -> None:
+    assert tokens_per_step(tokens_per_s) == tokens
+
+
+def test_tokens_of_a_step_are_chosen_if_not_set(path: Path) -> None:
+    runner = RunnerStack(path, max_rows=100, max_num_batched_tokens=None).runner
+    assert runner.info.max_num_batched_tokens in range(100, 257)

@@ -199,6 +199,22 @@ def test_greedy_takes_the_lowest_id_of_the_highest() -> None:
     assert tokens.tolist() == [20, 1002, int(logits[2].argmax())]
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-6, 1e-7, 1e-20])
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.5}, {"top_k": 9, "top_p": 0.5}]
+)
+def test_a_tiny_temperature_leaves_the_highest(temperature: float, filters: dict[str, Any]) -> None:
+    logits = random_logits(5)
+    logits[1] -= 100  # all are negative
+    logits[2] -= logits[2].max()
+    logits[3, 7] = 30000.0
+    logits[4, [5, 300]] = 12.0
+    result = draw(logits, temperature=temperature, **filters)
+    assert not result.is_failed.any()
+    assert result.token_ids[:4].tolist() == logits[:4].argmax(axis=1).tolist()
+    assert result.token_ids[4] in (5, 300)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("at", [0, 500, VOCAB - 1])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

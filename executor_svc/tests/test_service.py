@@ -161,9 +161,10 @@ async def test_repeated_plans_get_kept_results(start: Start) -> None:
     client = (await start()).client()
     await client.open()
     await client.begin()
+    assert await client.token(1) == EXPECTED[0]
     for step_id in range(2, 7):
         await client.decode(step_id)
-    assert [await client.token(i) for i in range(1, 7)] == EXPECTED[:6]
+        assert await client.token(step_id) == EXPECTED[step_id - 1]
     for step_id in (3, 6):
         await client.decode(step_id)
         assert await client.token(step_id) == EXPECTED[step_id - 1]
@@ -241,9 +242,10 @@ async def test_what_begins_a_new_epoch(change: dict[str, Any], start: Start) -> 
     first = server.client()
     await first.open(scheduler_id=1)
     await first.begin()
+    assert await first.token(1) == EXPECTED[0]
     for step_id in range(2, 7):
         await first.decode(step_id)
-    assert [await first.token(i) for i in range(1, 7)] == EXPECTED[:6]
+        assert await first.token(step_id) == EXPECTED[step_id - 1]
     await first.call.done_writing()
     await first.ends_with(grpc.StatusCode.OK)
     fields = {"scheduler_id": 1, "epoch": first.epoch, "last_committed_step_id": 6, **change}

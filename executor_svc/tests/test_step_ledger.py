@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockyard.common.protocol import KEPT_RESULTS
+from blockyard.common.protocol import KEPT_RESULTS, MAX_WINDOW
 from blockyard.executor.v1 import executor_pb2 as pb
 from executor_svc.plan import PlanError
 from executor_svc.step_ledger import StepLedger
@@ -53,6 +53,17 @@ def test_a_repeated_plan_does_not_run_again(ledger: StepLedger) -> None:
     kept = ledger.kept(1)
     assert kept is not None
     assert kept.step_id == 1
+
+
+def test_no_more_plans_than_the_widest_window(ledger: StepLedger) -> None:
+    run(ledger, 1)
+    for step_id in range(2, MAX_WINDOW + 2):
+        assert ledger.accept(ledger.epoch, step_id)
+    with pytest.raises(PlanError, match="under way"):
+        ledger.accept(ledger.epoch, MAX_WINDOW + 2)
+    assert ledger.applied_step_id == MAX_WINDOW + 1  # nothing is lost
+    assert ledger.complete(pb.StepResult(epoch=ledger.epoch, step_id=2))
+    assert ledger.accept(ledger.epoch, MAX_WINDOW + 2)
 
 
 def test_the_last_results_are_kept(ledger: StepLedger) -> None:

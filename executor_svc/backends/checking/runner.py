@@ -32,6 +32,7 @@ from executor_svc.plan import Pairs, Plan
 from executor_svc.row_state import RowState, ranges
 from executor_svc.runner import (
     LAST_SAMPLED,
+    FatalDeviceError,
     FloatArray,
     IntArray,
     PendingStep,
@@ -83,6 +84,7 @@ class FakeOptions:
     failures: Mapping[int, Exception] = field(default_factory=dict)  # by number of the launch, >= 1
     fails_in_wait: bool = False  # `failures` come out of wait, not of launch
     nan_seeds: Set[int] = frozenset()  # rows with these seeds fail alone; may change any time
+    fatal_seeds: Set[int] = frozenset()  # a launch with such a row loses the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +148,20 @@ class FakeRunner:
         failure = options.failures.get(self._num_launches)
         if failure is not None and not options.fails_in_wait:
             raise failure
+        fatal = options.fatal_seeds
+        if fatal and not fatal.isdisjoint(state.seeds[batch.rows].tolist()):
+            raise FatalDeviceError("a row that was asked to lose the device")
         now_ns = time.monotonic_ns()
         idle_ns = max(0, now_ns - self._device_free_ns) if self._device_free_ns else 0
         step_ns = int(options.step_s * _NS_PER_S) if batch.rows.size else 0
         self._device_free_ns = max(now_ns, self._device_free_ns) + step_ns
+        begin_ns = time.monotonic_ns()
         self._run_pairs(plan.swap_out, self._device, self._host)
         self._run_pairs(plan.copy, self._device, self._device)
         self._run_pairs(plan.swap_in, self._host, self._device)
-        outputs = self._sample(state, batch, self._contexts(state, batch), (step_ns, idle_ns))
+        move_ns = time.monotonic_ns() - begin_ns
+        outputs = self._sample(state, batch, self._contexts(state, batch))
+        outputs = dataclasses.replace(outputs, forward_ns=step_ns, idle_ns=idle_ns, move_ns=move_ns)
         return _FakeStep(outputs, self._device_free_ns, failure)
 
     def _run_pairs(self, pairs: Pairs, src_pool: U64Array, dst_pool: U64Array) -> None:
@@ -189,9 +197,7 @@ class FakeRunner:
         block_ids = state.block_table[rows, positions // block_size].astype(np.int64)
         return block_ids * block_size + positions % block_size
 
-    def _sample(
-        self, state: RowState, batch: StepBatch, contexts: U64Array, times_ns: tuple[int, int]
-    ) -> StepOutputs:
+    def _sample(self, state: RowState, batch: StepBatch, contexts: U64Array) -> StepOutputs:
         rows, vocab_size = batch.sampling_rows, self._info.vocab_size
         sampling = Sampling(
             state.temperature[rows],
@@ -221,8 +227,6 @@ class FakeRunner:
             candidate_token_ids=np.concatenate(ids),
             candidate_logprobs=np.concatenate(logprobs),
             token_logprobs=np.array(own, np.float32),
-            forward_ns=times_ns[0],
-            idle_ns=times_ns[1],
         )
 
     def _failed(self, rows: IntArray, seeds: U64Array) -> list[tuple[int, int]]:

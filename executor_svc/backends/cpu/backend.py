@@ -14,9 +14,10 @@ from torch import Tensor
 from executor_svc.backends.base import Linear
 from executor_svc.backends.cpu import attention, glue, work
 from executor_svc.backends.cpu.jit import MAX_THREADS
-from executor_svc.backends.cpu.linear import CpuLinear, choose_plain
+from executor_svc.backends.cpu.linear import CpuLinear, choose_forms
 from executor_svc.backends.cpu.simd import LANES, FloatArray
 from executor_svc.kv_pool import KvPool
+from executor_svc.model.codes import Codes
 from executor_svc.model.config import ModelConfig
 from executor_svc.model.errors import UnsupportedModelError
 from executor_svc.runner import IntArray, StepBatch
@@ -104,19 +105,22 @@ class CpuBackend:
         """See Backend."""
         return weight.to(torch.float32)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """See Backend."""
-        linear = CpuLinear(weight, bias)
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, codes: Codes | None = None
+    ) -> Linear:
+        """See Backend. Raises WeightsError if the codes do not decode to the weight."""
+        linear = CpuLinear(weight, bias, codes)
         self._linears.append(linear)
         return linear
 
-    def pack_head(self, weight: Tensor) -> Linear:
-        """See Backend."""
-        return self.pack_linear(weight, None)
+    def pack_head(self, weight: Tensor, codes: Codes | None = None) -> Linear:
+        """See Backend. Raises WeightsError if the codes do not decode to the weight."""
+        return self.pack_linear(weight, None, codes)
 
-    def choose_products(self) -> bool:
-        """Once all weights are packed: whether a row or two are multiplied with plain ones."""
-        return choose_plain(self._linears)
+    def choose_products(self) -> None:
+        """Once all weights are packed: time their forms and settle on the faster ones."""
+        for is_coded in (True, False):
+            choose_forms([linear for linear in self._linears if linear.is_coded is is_coded])
 
     def begin_step(self, batch: StepBatch, block_table: IntArray) -> None:
         """Lay out the work of one step; block_table is [max_rows, max_blocks_per_row]."""

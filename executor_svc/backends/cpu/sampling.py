@@ -43,6 +43,7 @@ _CHUNK_BLOCKS = 256
 # A float32 sum per 1,024 tokens, those added in float64: relative error about 1e-7.
 _SUM_SPAN = 64 * LANES
 _UNIT = 2.0**-32
+_MAX_FLOAT32 = np.finfo(np.float32).max
 
 
 @inlined
@@ -52,10 +53,10 @@ def _is_finite(logits: FloatArray) -> bool:
     for i in range(0, whole, LANES):
         # Zero for every finite value, NaN for the others; not folded, NaN keeps its meaning.
         checks = fma(load(logits, i), zero(), checks)
-    check = sum_lanes(checks)
-    for i in range(whole, logits.size):
-        check += logits[i] * np.float32(0)
-    return bool(check == np.float32(0))
+    is_finite = bool(sum_lanes(checks) == np.float32(0))
+    for i in range(whole, logits.size):  # compared, for a sum may be reordered and overflow
+        is_finite &= bool(np.abs(logits[i]) <= _MAX_FLOAT32)
+    return is_finite
 
 
 @inlined

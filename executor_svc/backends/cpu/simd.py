@@ -3,6 +3,7 @@
 LLVM vectorises a loop over an array, but does not keep several accumulators in registers across
 an outer loop; attention needs exactly that. A vector is one zmm register with AVX-512 and two ymm
 with AVX2. Offsets count elements; nothing is bounds-checked and negative offsets do not wrap.
+Some are made from bytes: quantised weights (model.codes).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from executor_svc.backends.cpu.jit import inlined
 LANES: Final = 16
 
 FloatArray = npt.NDArray[np.float32]
+BytesArray = npt.NDArray[np.uint8]
 
 
 class Vector:
@@ -38,6 +40,7 @@ class _VectorType(types.Type):
 _I32: Final = ir.IntType(32)
 _IR_VECTOR: Final = ir.VectorType(ir.FloatType(), LANES)
 _IR_INDEX: Final = ir.VectorType(_I32, LANES)
+_IR_BYTES: Final = ir.VectorType(ir.IntType(8), LANES)
 _VECTOR: Final[Any] = cast(Any, _VectorType)()
 _declare: Final[Any] = cgutils.get_or_insert_function
 
@@ -87,6 +90,48 @@ def _load(_typing: Any, array: Any, _offset: Any) -> Any:
         vector = builder.load(builder.bitcast(address, _IR_VECTOR.as_pointer()))
         vector.align = 4
         return vector
+
+    return _VECTOR(array, types.intp), generate
+
+
+def _load_16_bytes(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    address = _address(context, builder, signature.args[0], args[0], args[1])
+    data = builder.load(builder.bitcast(address, _IR_BYTES.as_pointer()))
+    data.align = 1
+    return data
+
+
+def _load_bytes(_typing: Any, array: Any, _offset: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sitofp(_load_16_bytes(context, builder, signature, args), _IR_VECTOR)
+
+    return _VECTOR(array, types.intp), generate
+
+
+def _load_low_nibbles(_typing: Any, array: Any, _offset: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = _load_16_bytes(context, builder, signature, args)
+        codes = builder.and_(data, ir.Constant(_IR_BYTES, [15] * LANES))
+        return builder.uitofp(codes, _IR_VECTOR)
+
+    return _VECTOR(array, types.intp), generate
+
+
+def _load_high_nibbles(_typing: Any, array: Any, _offset: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = _load_16_bytes(context, builder, signature, args)
+        codes = builder.lshr(data, ir.Constant(_IR_BYTES, [4] * LANES))
+        return builder.uitofp(codes, _IR_VECTOR)
+
+    return _VECTOR(array, types.intp), generate
+
+
+def _load_half_splat(_typing: Any, array: Any, _offset: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _address(context, builder, signature.args[0], args[0], args[1])
+        half = builder.load(builder.bitcast(address, ir.HalfType().as_pointer()))
+        half.align = 1
+        return _broadcast(builder, builder.fpext(half, ir.FloatType()))
 
     return _VECTOR(array, types.intp), generate
 
@@ -184,6 +229,14 @@ def _any_above(_typing: Any, _a: Any, _b: Any) -> Any:
     return types.boolean(_VECTOR, _VECTOR), generate
 
 
+def _all_equal(_typing: Any, _a: Any, _b: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        mask = builder.bitcast(builder.fcmp_ordered("==", *args), ir.IntType(LANES))
+        return builder.icmp_unsigned("==", mask, ir.Constant(ir.IntType(LANES), -1))
+
+    return types.boolean(_VECTOR, _VECTOR), generate
+
+
 def _prefetch(_typing: Any, array: Any, _offset: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, signature.args[0], args[0], args[1])
@@ -198,6 +251,14 @@ def _prefetch(_typing: Any, array: Any, _offset: Any) -> Any:
 
 load = cast(Callable[[FloatArray, int], Vector], intrinsic(_load))
 """load(array, offset): 16 elements of a contiguous float32 array."""
+load_bytes = cast(Callable[[BytesArray, int], Vector], intrinsic(_load_bytes))
+"""load_bytes(array, offset): 16 signed bytes."""
+load_low_nibbles = cast(Callable[[BytesArray, int], Vector], intrinsic(_load_low_nibbles))
+"""load_low_nibbles(array, offset): the low four bits, unsigned, of 16 bytes."""
+load_high_nibbles = cast(Callable[[BytesArray, int], Vector], intrinsic(_load_high_nibbles))
+"""load_high_nibbles(array, offset): the high four bits, unsigned, of 16 bytes."""
+load_half_splat = cast(Callable[[BytesArray, int], Vector], intrinsic(_load_half_splat))
+"""load_half_splat(array, offset): the float16 at two bytes, in all lanes."""
 store = cast(Callable[[FloatArray, int, Vector], None], intrinsic(_store))
 """store(array, offset, vector)."""
 splat = cast(Callable[[np.float32], Vector], intrinsic(_splat))
@@ -220,6 +281,8 @@ max_lanes = cast(Callable[[Vector], np.float32], intrinsic(_reduce(_max_pair)))
 """max_lanes(x): the largest lane."""
 any_above = cast(Callable[[Vector, Vector], bool], intrinsic(_any_above))
 """any_above(a, b): whether a > b in any lane; NaN is above nothing."""
+all_equal = cast(Callable[[Vector, Vector], bool], intrinsic(_all_equal))
+"""all_equal(a, b): whether a == b in every lane; NaN equals nothing."""
 
 prefetch = cast(Callable[[FloatArray, int], None], intrinsic(_prefetch))
 """prefetch(array, offset): have the element's cache line brought into the second-level cache."""
