@@ -1,0 +1,1 @@
+"""Real peers: proxies, clients and collectors, installed by the tests that need them."""
