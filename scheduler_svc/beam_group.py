@@ -135,7 +135,9 @@ class BeamGroup:
         self._sources = [self._live[parent] for parent in parents]
         self._candidates = {}
         if not self.search.is_done:
-            for lane in set(self._live) - set(self._sources):
+            pruned = set(self._live) - set(self._sources)
+            self.request.num_pruned_beams += len(pruned)
+            for lane in pruned:
                 residents.empty(self.lanes[lane])
         return True
 

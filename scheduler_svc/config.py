@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
+from blockyard.common.link_security import LinkSettings
 from blockyard.common.listen_address import host_port_or_off
 from blockyard.common.protocol import MAX_WINDOW
 from blockyard.common.settings import settings_config
@@ -15,13 +16,18 @@ from scheduler_svc.policy import PreemptionMode
 from scheduler_svc.telemetry.settings import TracingSettings
 
 
-class EngineSettings(TracingSettings):
+class EngineSettings(TracingSettings, LinkSettings):
     """One frozen object; nothing else in the engine reads the environment."""
 
     model_config = settings_config("engine", "scheduler_svc.engine")
 
     listen: str = Field(description="Where front ends connect: unix:/path or host:port.")
     executor: str = Field(description="The executor's address: unix:/path or host:port.")
+    executor_name: str = Field(
+        "",
+        description="DNS name or IP address that the executor's certificate must be for; empty: "
+        "the host of its address.",
+    )
     metrics_address: Annotated[str, AfterValidator(host_port_or_off)] = Field(
         "", description="host:port that answers GET /metrics; empty: none does."
     )
@@ -66,6 +72,19 @@ class EngineSettings(TracingSettings):
         4.0, gt=1, description="Silence after which the executor counts as lost [s]."
     )
     progress_timeout_s: float = Field(
-        60.0, gt=0, description="Longest step before the executor counts as lost [s]."
+        60.0,
+        gt=0,
+        description="The watchdog's period, longer than any step: if none ends for so long, the "
+        "executor counts as lost [s].",
+    )
+    drain_grace_s: float = Field(
+        0.0,
+        ge=0,
+        description="After SIGTERM, how long to go on for front ends that have not left [s].",
     )
     strict: bool = Field(False, description="End the process when a plan is rejected (tests).")
+
+    @model_validator(mode="after")
+    def _is_closed_to_others(self) -> Self:
+        self.check_internal(self.listen, self.executor)
+        return self

@@ -13,6 +13,12 @@ class CostModel:
     token_ns: float = 0.0
     kv_bytes_per_s: float = 0.0
     swap_bytes_per_s: float = 0.0
+    free_tokens: int = 0
+
+    @property
+    def has_step_prices(self) -> bool:
+        """Whether anything is known of a step without swaps."""
+        return bool(self.step_ns or self.token_ns or self.kv_bytes_per_s)
 
     def step_time_ns(self, num_tokens: int, context_bytes: float, swapped_bytes: float) -> float:
         """Predicted device time of one step.
@@ -22,7 +28,7 @@ class CostModel:
             context_bytes: KV that its rows read, each row's whole context once.
             swapped_bytes: moved between device and host, both ways.
         """
-        total_ns = self.step_ns + self.token_ns * num_tokens
+        total_ns = self.step_ns + self.token_ns * max(0, num_tokens - self.free_tokens)
         if self.kv_bytes_per_s:
             total_ns += context_bytes / self.kv_bytes_per_s * 1e9
         if self.swap_bytes_per_s:

@@ -14,7 +14,10 @@ class Reason(enum.StrEnum):
 
     INVALID_FIELD = "INVALID_FIELD"
     TOO_LONG = "TOO_LONG"
+    REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
     NOT_CONFIGURED = "NOT_CONFIGURED"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    TOO_MANY_STREAMS = "TOO_MANY_STREAMS"
     QUEUE_FULL = "QUEUE_FULL"
     SLOW_READER = "SLOW_READER"
     DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"
@@ -46,10 +49,27 @@ ERRORS: Final = {
         "prompt and output together are more than model and KV memory hold",
         "shorten the prompt, or lower the field that BadRequest names",
     ),
+    Reason.REQUEST_TOO_LARGE: ErrorKind(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "the request has more bytes, or its prompt more tokens, than this server takes "
+        "(`--max-request-bytes`, `--max-prompt-tokens`)",
+        "shorten the prompt",
+    ),
     Reason.NOT_CONFIGURED: ErrorKind(
         grpc.StatusCode.FAILED_PRECONDITION,
         "beam search with stop strings, and the engine was started without the model directory",
         "start the engine with `--model-dir`",
+    ),
+    Reason.UNAUTHENTICATED: ErrorKind(
+        grpc.StatusCode.UNAUTHENTICATED,
+        "no token, or one that the server does not know (`--auth-tokens`)",
+        "send `authorization: Bearer` and a token",
+    ),
+    Reason.TOO_MANY_STREAMS: ErrorKind(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "this client has as many calls open as it may (`--max-client-streams`)",
+        "retry when one of them has ended",
+        is_retryable=True,
     ),
     Reason.QUEUE_FULL: ErrorKind(
         grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -16,7 +16,9 @@ from typing import Protocol
 
 import grpc
 
-from blockyard.common.grpc_options import LINK_OPTIONS, short_reason
+from blockyard.common.grpc_options import short_reason
+from blockyard.common.link_security import PLAIN, LinkSecurity
+from blockyard.common.process import ProcessUsage
 from blockyard.common.protocol import EXECUTOR_PROTOCOL_VERSION, HEARTBEAT_INTERVAL_S
 from blockyard.executor.v1 import executor_pb2 as pb
 from blockyard.executor.v1 import executor_pb2_grpc
@@ -93,7 +95,14 @@ class ExecutorClient:
     """One link, through all its streams and epochs."""
 
     def __init__(
-        self, target: str, handler: Handler, timeouts: LinkTimeouts, *, strict: bool = False
+        self,
+        target: str,
+        handler: Handler,
+        timeouts: LinkTimeouts,
+        *,
+        security: LinkSecurity = PLAIN,
+        executor_name: str = "",
+        strict: bool = False,
     ) -> None:
         """Talk to `target` ("unix:/path" or "host:port").
 
@@ -101,11 +110,17 @@ class ExecutorClient:
             target: gRPC target of the executor.
             handler: gets descriptions, epochs, results and states.
             timeouts: for telling a lost executor.
+            security: how to connect.
+            executor_name: what the executor's certificate must be for, if not the target's host.
             strict: raise PlanRejectedError out of `run` instead of starting a new epoch (tests).
         """
         self.scheduler_id = secrets.randbits(63) | 1
         self.epoch = 0
+        self.executor_usage = ProcessUsage(0.0, 0)
+        """Of the executor's process, as its last heartbeat said."""
         self._target = target
+        self._security = security
+        self._executor_name = executor_name
         self._handler = handler
         self._timeouts = timeouts
         self._strict = strict
@@ -164,7 +179,7 @@ class ExecutorClient:
 
     async def _session(self) -> None:
         """Describe, open, resend, then pump frames until the stream ends or goes silent."""
-        async with grpc.aio.insecure_channel(self._target, LINK_OPTIONS) as channel:
+        async with self._security.channel(self._target, self._executor_name) as channel:
             stub = executor_pb2_grpc.ExecutorServiceStub(channel)
             # Refused at once if nobody listens; no answer in time from a frozen process.
             info = await stub.Describe(pb.DescribeRequest(), timeout=self._timeouts.heartbeat_s)
@@ -220,20 +235,29 @@ class ExecutorClient:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            # gRPC's way to say that the call was cancelled; a task group would not notice.
+            # gRPC's way to say that the call was cancelled; nobody cancelled this task.
             raise SessionEndedError("the call was cancelled") from None
         if frame is grpc.aio.EOF:
             raise SessionEndedError(f"stream ended: {await stream.details()}")
         return frame  # type: ignore[return-value]  # EOF was excluded
 
     async def _pump(self, stream: Stream) -> None:
-        """Read, write and beat until one of them ends the session."""
+        """Read, write and beat until one of them ends the session.
+
+        Not in a task group: one that ends for an error swallows a cancellation meanwhile.
+        """
+        works = (self._receive(stream), self._write(stream), self._beat())
+        tasks = [asyncio.create_task(work) for work in works]
         try:
-            async with asyncio.TaskGroup() as group:
-                for work in (self._receive(stream), self._write(stream), self._beat()):
-                    group.create_task(work)
-        except* (SessionEndedError, PlanRejectedError, grpc.aio.AioRpcError) as errors:
-            raise errors.exceptions[0] from None
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in tasks:  # what the executor said comes first
+            if task in ended and not task.cancelled():
+                task.result()  # raises: they end only for an error
+        raise SessionEndedError("the call was cancelled")  # by gRPC, in a task that was writing
 
     async def _receive(self, stream: Stream) -> None:
         while True:
@@ -275,7 +299,9 @@ class ExecutorClient:
         if kind == "result":
             self._on_result(frame.result)
         elif kind == "heartbeat":
-            self._handler.on_cost_model(frame.heartbeat.cost_model)
+            beat = frame.heartbeat
+            self.executor_usage = ProcessUsage(beat.cpu_seconds, beat.resident_bytes)
+            self._handler.on_cost_model(beat.cost_model)
         elif kind == "rejected":
             self._wants_reset = True
             reason = f"plan {frame.rejected.step_id} rejected: {frame.rejected.reason}"

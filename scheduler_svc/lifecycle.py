@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from scheduler_svc.accounting import Counters
@@ -16,6 +18,10 @@ from scheduler_svc.residents import Residents
 from scheduler_svc.step_plan import Finished, TokenColumns
 from scheduler_svc.waiting_queue import MAX_OVERTAKEN_NS, WaitingQueue
 
+_SMALL_PART: Final = 0.1
+"""Of the time between arrival and deadline: who is cancelled in the last of it has missed the
+deadline, and who has run out of slack in the first of it never had much."""
+
 
 class Lifecycle:
     """Requests and their branches: the only place where a status changes but on entering a row."""
@@ -29,6 +35,7 @@ class Lifecycle:
         self.waiting = WaitingQueue()
         self.pace = Pace()
         self.now_ns = 0  # of the newest plan
+        self.overloaded_ns = 0  # when the last sign of overload came; 0: there was none
         self.expired: list[Request] = []  # dropped, and not told to the caller yet
         self._num_places = 0
         self.groups: dict[int, BeamGroup] = {}  # by request key: beam searches, in order of arrival
@@ -48,7 +55,8 @@ class Lifecycle:
         self.cost_model = cost_model
         mode = self.policy.preemption
         is_cheap = should_swap(mode, cost_model, self.limits, 1, 0)
-        self.residents.kv.keeps_evicted = is_cheap or mode is not PreemptionMode.AUTO
+        is_wanted = is_cheap or mode is not PreemptionMode.AUTO
+        self.residents.kv.keeps_evicted = is_wanted and self.policy.is_caching
 
     def rename_waiting(self) -> None:
         """The block size changed: give the blocks of waiting branches their new names."""
@@ -88,12 +96,30 @@ class Lifecycle:
             self._num_places += 1
             request.place = self._num_places
 
+    def abort(self, request: Request) -> None:
+        """End a request whose client has left."""
+        patience_ns = request.deadline_ns - request.arrival_ns
+        if request.deadline_ns - self.now_ns <= _SMALL_PART * patience_ns:
+            self.note_overload(request)
+        self.end_request(request, RequestStatus.FINISHED_ABORTED)
+
+    def note_overload(self, request: Request) -> None:
+        """A request misses its deadline: a sign of overload, if only because it had to wait."""
+        patience_ns = request.deadline_ns - request.arrival_ns
+        has_waited = self.now_ns - request.arrival_ns > _SMALL_PART * patience_ns
+        if request.deadline_ns and has_waited and request.arrival_ns <= request.latest_start_ns:
+            self.overloaded_ns = self.now_ns
+
     def expire(self, request: Request) -> None:
         """Drop a request that has not run and can no longer meet its deadline."""
         assert not request.place
+        self.drop(request)
+        self.expired.append(request)
+
+    def drop(self, request: Request) -> None:
+        """End a request for its deadline."""
         self.end_request(request, RequestStatus.FINISHED_ABORTED)
         self.counters.num_expired += 1
-        self.expired.append(request)
 
     def queue(self, branch: Branch) -> None:
         """Put a waiting branch, or the leader of a waiting beam search, into the queue."""

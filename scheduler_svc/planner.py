@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from scheduler_svc.batch import BatchBuilder
@@ -10,6 +12,9 @@ from scheduler_svc.lifecycle import Lifecycle
 from scheduler_svc.policy import needs_reservation, pick_victim
 from scheduler_svc.request import Branch, RequestStatus, TokenIds
 from scheduler_svc.step_plan import NewRow, RowIds
+
+OVERLOAD_MEMORY_NS: Final = 30_000_000_000
+"""So long after a sign of overload late requests stay out of a device that is half in use."""
 
 
 class Planner:
@@ -243,6 +248,8 @@ class Planner:
             request = branch.request
             if request.place or not request.deadline_ns or now_ns <= request.latest_start_ns:
                 return
+            if not request.is_late:
+                self._life.note_overload(request)
             if now_ns + self._soonest_ns(branch) > request.deadline_ns:
                 self._life.expire(request)
             elif request.is_late:
@@ -295,7 +302,22 @@ class Planner:
             return True
         if self._rows.num_free < branch.request.width or not self._may_join(branch):
             return False
+        if branch.request.is_late and not branch.request.place and self._is_overloaded:
+            return False
         return self._num_spare > 0  # whatever is cached, it needs a block
+
+    @property
+    def _is_overloaded(self) -> bool:
+        """Whether there was a sign of overload lately, and half of the rows or blocks are in use.
+
+        One more row then makes others late too.
+        """
+        overloaded_ns = self._life.overloaded_ns
+        if not overloaded_ns or self._now_ns - overloaded_ns > OVERLOAD_MEMORY_NS:
+            return False
+        num_running, pool = len(self._residents.running), self._kv.pool
+        are_rows = 2 * num_running >= self._life.limits.max_num_seqs
+        return are_rows or 2 * pool.num_free < pool.num_usable
 
     @property
     def _num_spare(self) -> int:

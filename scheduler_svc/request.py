@@ -102,7 +102,9 @@ class Request:
     is_late: bool = False  # it waited for longer than that
     place: int = 0  # from 1, in the order in which requests first entered a row; 0: not yet
     first_admitted_ns: int = 0
+    first_token_ns: int = 0  # when the engine got it; 0: not yet, or nobody measures
     num_cached_tokens: int = 0  # of the prompt, at first admission
+    num_pruned_beams: int = 0  # lanes let go because no successor of their beam was kept
     # Whether its samples run by themselves; until then they wait for the first one's prefill.
     is_spawned: bool = False
 
@@ -153,6 +155,7 @@ class Branch:
     last_step_id: int = 0
     num_preemptions: int = 0
     num_recoveries: int = 0
+    last_token_ns: int = 0  # when the engine got its newest token; as first_token_ns
     # Epoch ends in a row that it was in flight at, with no token of it committed in between.
     num_suspicions: int = 0
 

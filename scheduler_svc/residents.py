@@ -28,7 +28,8 @@ class Residents:
         self.in_flight: deque[StepPlan] = deque()
         # Branches that left their row with tokens under way: (row, generation) -> branch.
         self.detached: dict[tuple[int, int], Branch] = {}
-        self._is_caching = is_caching
+        # A request that is swapped out finds its blocks again by name, without a prefix cache too.
+        self._names_blocks = is_caching or limits.num_host_blocks > 0
 
     def enter(self, branch: Branch, num_blocks: int, num_candidates: int) -> int:
         """Let a waiting branch run in a free row that may count on `num_blocks` free blocks."""
@@ -52,7 +53,7 @@ class Residents:
 
         Also without a prefix cache for beams: lanes that begin again must share as they did.
         """
-        if self._is_caching or branch.request.beam is not None:
+        if self._names_blocks or branch.request.beam is not None:
             extend_hashes(
                 branch.block_hashes,
                 branch.request.cache_root,

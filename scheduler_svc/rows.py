@@ -28,8 +28,10 @@ class Rows:
         self.num_candidates = np.zeros(max_rows, np.int32)  # wanted with each result
         self.is_driven = np.zeros(max_rows, np.bool_)  # the scheduler decides its next inputs
         self.is_known = np.zeros(max_rows, np.bool_)  # the executor was told of it
+        self.last_token_ns = np.zeros(max_rows, np.int64)  # see Branch; who measures sets it
         # Counts a row's residents, so that a result for an earlier one is recognised.
         self.generations = np.zeros(max_rows, np.int64)
+        self.num_left = 0  # residents that left, of all rows
         self.branches: list[Branch | None] = [None] * max_rows
         self._free = list(range(max_rows - 1, -1, -1))
 
@@ -52,6 +54,7 @@ class Rows:
         self.num_candidates[row] = num_candidates
         self.is_driven[row] = request.beam is not None
         self.is_known[row] = False
+        self.last_token_ns[row] = branch.last_token_ns
         self.branches[row] = branch
         branch.row = row
         return row
@@ -61,8 +64,10 @@ class Rows:
         row = branch.row
         assert self.branches[row] is branch, row
         branch.row = NO_ROW
+        branch.last_token_ns = int(self.last_token_ns[row])
         self.branches[row] = None
         self.generations[row] += 1
+        self.num_left += 1
         self._free.append(row)
         return row
 

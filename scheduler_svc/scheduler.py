@@ -101,6 +101,18 @@ class Scheduler:
             for group in self._life.groups.values()
         )
 
+    @property
+    def num_deferred(self) -> int:
+        """Branches in line that more rows and blocks alone would not let in.
+
+        Their tokens under way are not committed yet, or they are kept apart as suspects.
+        """
+        held_back = {
+            *self._life.residents.detached.values(),
+            *(branch for branch in self._life.suspects if branch.must_run_alone),
+        }
+        return sum(branch.is_queued for branch in held_back)
+
     def snapshot(self) -> Accounting:
         """The pools by class, and everything counted so far. O(running branches)."""
         residents, counters = self._life.residents, dataclasses.replace(self._life.counters)
@@ -111,8 +123,12 @@ class Scheduler:
         return Accounting(device_pool(residents), host_pool(residents), counters)
 
     def set_cost_model(self, cost_model: CostModel) -> None:
-        """What steps cost from now on, for the choice between recomputing and swapping."""
-        self._life.set_cost_model(cost_model)
+        """What steps cost from now on, for the choice between recomputing and swapping.
+
+        An executor that was just started knows nothing yet: what was known before still holds.
+        """
+        if cost_model.has_step_prices:
+            self._life.set_cost_model(cost_model)
 
     def flush_cache(self) -> tuple[int, int]:
         """Forget all blocks that nobody holds; returns how many on the device and on the host."""
@@ -126,7 +142,11 @@ class Scheduler:
 
     def abort(self, request: Request) -> None:
         """End a request now; tokens still under way for it are dropped."""
-        self._life.end_request(request, RequestStatus.FINISHED_ABORTED)
+        self._life.abort(request)
+
+    def drop(self, request: Request) -> None:
+        """End a waiting request that could hardly meet its deadline, for want of room."""
+        self._life.drop(request)
 
     def take_expired(self) -> list[Request]:
         """Requests dropped since the last call: their deadline could no longer be met."""
@@ -136,6 +156,11 @@ class Scheduler:
     def estimated_wait_ns(self) -> float:
         """How long a request queued now would wait, as far as one can tell; 0: one cannot."""
         return self._life.pace.wait_ns(len(self.waiting), len(self.running))
+
+    def swap_time_ns(self, num_blocks: int) -> float:
+        """How long moving so many blocks between the pools should take; 0: one cannot tell."""
+        bytes_per_s = self._life.cost_model.swap_bytes_per_s
+        return num_blocks * self.limits.block_bytes / bytes_per_s * 1e9 if bytes_per_s else 0.0
 
     def stop(self, branch: Branch, num_output_tokens: int) -> Finished:
         """End one sample, in whose text a stop string was found, with so many output tokens."""
@@ -179,9 +204,9 @@ class Scheduler:
     def begin_epoch(self, epoch: int, limits: Limits) -> StepOutput:
         """Start over on an executor that holds nothing; every branch keeps its tokens.
 
-        Running branches return to the queue in order of arrival; longest outputs shrink to the new
-        limits. Returns those that fail: in flight at MAX_SUSPICIONS epoch ends in a row, or
-        already too long; and beam searches that the new length limit ends.
+        Running branches return to the queue, suspects first (see waiting_queue); longest outputs
+        shrink to the new limits. Returns those that fail: in flight at MAX_SUSPICIONS epoch ends
+        in a row, or already too long; and beam searches that the new length limit ends.
         """
         life, old = self._life, self._life.residents
         is_other_size = limits.block_size != life.limits.block_size

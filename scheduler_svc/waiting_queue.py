@@ -2,7 +2,9 @@
 
 A request gets a place in line when it first enters a row. From then on only that place counts:
 whoever is preempted, or loses the executor, comes back before all that have not run yet, in the
-order in which they entered. Without deadlines and classes that is the order of arrival.
+order in which they entered. Without deadlines and classes that is the order of arrival. Suspects
+that must run alone come first, the most suspected one before all: if it does no harm, that shows
+before anything else can end the executor.
 """
 
 from __future__ import annotations
@@ -95,7 +97,8 @@ def _is_late(request: Request) -> bool:
 def _order(branch: Branch) -> _Order:
     request = branch.request
     if request.place:
-        return (0, 0, request.place, branch.key)
+        num_suspicions = branch.num_suspicions if branch.must_run_alone else 0
+        return (0, -num_suspicions, request.place, branch.key)
     if request.is_late:
         return (1, -request.priority, request.deadline_ns, branch.key)
     return (1, -request.priority, request.latest_start_ns, branch.key)

@@ -13,7 +13,7 @@ import uvloop
 
 from blockyard.bench.times import ChoiceTimes, RequestTimes
 from blockyard.bench.workload import Workload
-from blockyard.client import AsyncClient, BlockyardError, GenerateOptions
+from blockyard.client import AsyncClient, BlockyardError, Endpoint, GenerateOptions
 from blockyard.simulate.prompts import Prompts
 from blockyard.simulate.trace import NS_PER_S
 
@@ -27,7 +27,7 @@ _CONNECT_TIMEOUT_S: Final = 30.0
 class ClientJob:
     """What one process is to send."""
 
-    address: str
+    server: Endpoint
     workload: Workload
     indexes: list[int]  # of the workload's requests
     vocab_size: int
@@ -85,7 +85,7 @@ class _Client:
         self._ended = self._failed = self._tokens = 0
 
     async def run(self) -> None:
-        async with AsyncClient(self._job.address) as client:
+        async with self._job.server.async_client(timeout=None) as client:
             try:
                 await client.model(timeout=_CONNECT_TIMEOUT_S)
             except BlockyardError as error:

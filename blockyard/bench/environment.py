@@ -42,3 +42,9 @@ def _cpu_model() -> str:
         if key.strip() == "model name":
             return value.strip()
     return platform.processor()
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line whose path, alone or after `--flag=`, is only a file's name."""
+    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return flag + equals + (Path(value).name if value.startswith("/") else value)

@@ -14,7 +14,7 @@ from typing import Final
 from blockyard.bench.client import ClientJob, Done, Failed, Message, Progress, Ready, run_client
 from blockyard.bench.times import RequestTimes
 from blockyard.bench.workload import Workload
-from blockyard.client import BlockyardError
+from blockyard.client import BlockyardError, Endpoint
 
 _START_TIMEOUT_S: Final = 120.0
 _HEAD_START_S: Final = 0.1  # for the word to reach every process
@@ -29,7 +29,7 @@ class LoadError(Exception):
 class Target:
     """Which server, and how it is loaded."""
 
-    address: str
+    server: Endpoint
     vocab_size: int
     num_clients: int = 1
     seed: int = 0
@@ -62,7 +62,7 @@ def run_load(workload: Workload, target: Target, on_progress: Watch | None = Non
     num_clients = min(target.num_clients, num_requests)
     jobs = [
         ClientJob(
-            target.address,
+            target.server,
             workload,
             list(range(first, num_requests, num_clients)),
             target.vocab_size,

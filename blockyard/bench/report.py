@@ -8,12 +8,11 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from blockyard.bench.environment import machine, versions
+from blockyard.bench.environment import machine, versions, without_folders
 from blockyard.bench.load import Target, Watch, run_load
 from blockyard.bench.summary import Percentiles, Summary, summarise
 from blockyard.bench.workload import (
@@ -23,7 +22,7 @@ from blockyard.bench.workload import (
     WorkloadSpec,
     make_workload,
 )
-from blockyard.client import Client, ModelInfo
+from blockyard.client import Endpoint, ModelInfo
 from blockyard.simulate.trace import Trace
 
 _MODEL_TIMEOUT_S: Final = 30.0
@@ -35,7 +34,7 @@ _WARM_UP_OUTPUT_TOKENS: Final = 8
 class Options:
     """Which server is measured, and how."""
 
-    address: str
+    server: Endpoint
     num_clients: int = 1
     vocab_size: int | None = None
     """Prompts have ids below it; None: the model's."""
@@ -79,13 +78,17 @@ class Report:
         return {
             "workload": self.workload,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(
-                Path(word).name if word.startswith("/") else word for word in sys.argv
-            ),
+            "command": shlex.join(map(without_folders, sys.argv)),
             "machine": machine(),
             "versions": versions(),
             "spec": {**asdict(spec), "trace_path": path and path.name},
-            "options": asdict(options),
+            "options": {
+                "server": options.server.address,
+                "num_clients": options.num_clients,
+                "vocab_size": options.vocab_size,
+                "num_warm_ups": options.num_warm_ups,
+                "time_limit_s": options.time_limit_s,
+            },
             **asdict(self),
         }
 
@@ -109,7 +112,7 @@ def measure(spec: WorkloadSpec, options: Options, begin: Begin | None = None) ->
     """
     begin = begin or (lambda _phase: lambda _progress: None)
     whole = make_workload(spec)
-    with Client(options.address, timeout=_MODEL_TIMEOUT_S) as client:
+    with options.server.client(_MODEL_TIMEOUT_S) as client:
         model = client.model()
     workload = whole.fitting(model.max_model_len)
     num_skipped = len(whole.trace) - len(workload.trace)
@@ -119,7 +122,7 @@ def measure(spec: WorkloadSpec, options: Options, begin: Begin | None = None) ->
             "tokens together; serve with a larger --max-model-len"
         )
     target = Target(
-        options.address,
+        options.server,
         options.vocab_size or model.vocab_size,
         options.num_clients,
         _seed_of(workload.name, spec.seed),

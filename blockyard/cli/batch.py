@@ -41,7 +41,7 @@ async def run_batch(batch: Batch) -> int:
     """
     lines = _read_lines(batch.source)
     with ExitStack() as files:
-        async with AsyncClient(batch.target.address, timeout=batch.target.timeout) as client:
+        async with batch.target.server.async_client(batch.target.timeout) as client:
             model = await client.model()
             # Opened last: nothing is lost if there is no input or no server.
             output = _open_output(files, batch.output)

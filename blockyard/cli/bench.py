@@ -16,7 +16,8 @@ from blockyard.bench.client import Progress
 from blockyard.bench.load import LoadError, Watch
 from blockyard.bench.report import Options, Phase, Report, measure, table
 from blockyard.bench.workload import ARRIVALS, WORKLOADS, WorkloadError, WorkloadSpec
-from blockyard.cli import options as shared
+from blockyard.cli import connection
+from blockyard.cli.connection import Server
 from blockyard.cli.errors import CommandError
 from blockyard.client import BlockyardError
 from blockyard.simulate.trace import TraceError
@@ -31,7 +32,7 @@ def command() -> None:
 
 
 @command.command("serve")
-@shared.address
+@connection.options
 @click.option("--workload", "kind", type=click.Choice(tuple(WORKLOADS)), default="W1")
 @click.option(
     "--trace",
@@ -69,7 +70,7 @@ def command() -> None:
 )
 @click.option("--time-limit", "time_limit_s", type=_POSITIVE_FLOAT, metavar="SECONDS")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="JSON file.")
-def serve(output: Path | None, **flags: Any) -> None:
+def serve(server: Server, output: Path | None, **flags: Any) -> None:
     """Replay a workload through the streaming client and print throughput and latencies.
 
     Prompts are random token ids, outputs have a forced length, no text is made.
@@ -88,7 +89,8 @@ def serve(output: Path | None, **flags: Any) -> None:
     """
     fields = WorkloadSpec.__dataclass_fields__
     spec = WorkloadSpec(**{name: flags[name] for name in fields})
-    options = Options(**{name: flags[name] for name in Options.__dataclass_fields__})
+    names = Options.__dataclass_fields__.keys() - {"server"}
+    options = Options(server, **{name: flags[name] for name in names})
     with contextlib.ExitStack() as stack:
         file = None
         if output is not None:
@@ -96,7 +98,7 @@ def serve(output: Path | None, **flags: Any) -> None:
                 file = stack.enter_context(output.open("a", encoding="utf-8"))
             except OSError as error:
                 raise CommandError(f"{output}: {error.strerror}", 2) from error
-        report = _measured(spec, options)
+        report = _measured(spec, server, options)
         click.echo(table(report))
         if file is not None:
             file.truncate(0)  # only now: what was there is kept if there is no server
@@ -105,7 +107,7 @@ def serve(output: Path | None, **flags: Any) -> None:
         raise CommandError(f"{report.num_failed:,} requests failed")
 
 
-def _measured(spec: WorkloadSpec, options: Options) -> Report:
+def _measured(spec: WorkloadSpec, server: Server, options: Options) -> Report:
     with _bars() as bars:
         try:
             return measure(spec, options, bars.begin)
@@ -114,7 +116,7 @@ def _measured(spec: WorkloadSpec, options: Options) -> Report:
         except LoadError as error:
             raise CommandError(str(error)) from error
         except BlockyardError as error:
-            raise shared.explain(error, options.address) from error
+            raise server.explain(error) from error
 
 
 class _Bars:

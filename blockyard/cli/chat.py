@@ -9,17 +9,18 @@ from typing import Any
 
 import click
 
-from blockyard.cli import options
+from blockyard.cli import connection, options
+from blockyard.cli.connection import Server
 from blockyard.cli.errors import CommandError
 from blockyard.client import BlockyardError, Client, GenerateOptions, Message
 
 
 @click.command()
-@options.address
+@connection.options
 @options.timeout
 @options.system
 @options.sampling
-def command(address: str, timeout: float | None, system: str | None, **rest: Any) -> None:
+def command(server: Server, timeout: float | None, system: str | None, **rest: Any) -> None:
     """Talk to the model: a line at a time, answers stream in.
 
     /clear forgets the conversation, /quit (or Ctrl-D) leaves; Ctrl-C stops an answer.
@@ -27,14 +28,14 @@ def command(address: str, timeout: float | None, system: str | None, **rest: Any
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history for input()
     try:
-        with Client(address, timeout=timeout) as client:
+        with server.client(timeout) as client:
             model = client.model()
             if not model.has_chat_template:
                 raise CommandError(f"{model.name} has no chat template; use: blockyard generate")
             click.echo(f"{model.name}; /clear, /quit", err=True)
             _Conversation(client, system, options.given(rest)).run()
     except BlockyardError as error:
-        raise options.explain(error, address) from error
+        raise server.explain(error) from error
 
 
 class _Conversation:

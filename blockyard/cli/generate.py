@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from blockyard.cli import options
+from blockyard.cli import connection, options
 from blockyard.cli.batch import Batch, run_batch
 from blockyard.cli.errors import CommandError
 from blockyard.cli.options import Target
@@ -18,7 +18,7 @@ from blockyard.client import BlockyardError, Client, GenerateOptions, TokenLogpr
 
 @click.command()
 @click.argument("prompt", required=False)
-@options.address
+@connection.options
 @options.timeout
 @click.option("--chat/--raw", "is_chat", default=None, help="As a chat message, or plain text.")
 @options.system
@@ -60,7 +60,7 @@ def command(prompt: str | None, source: Path | None, **rest: Any) -> None:
         raise click.UsageError("--output goes with --file")
     if source is not None and output is not None and output.exists() and output.samefile(source):
         raise click.UsageError("--output is the input file")
-    target = Target(*(rest.pop(name) for name in ("address", "timeout", "is_chat", "system")))
+    target = Target(*(rest.pop(name) for name in ("server", "timeout", "is_chat", "system")))
     if target.is_chat is False and target.system is not None:
         raise click.UsageError("--system goes with a chat, not with --raw")
     wanted = options.given(rest)
@@ -70,11 +70,11 @@ def command(prompt: str | None, source: Path | None, **rest: Any) -> None:
         elif prompt is not None:
             _complete(prompt, target, wanted)
     except BlockyardError as error:
-        raise options.explain(error, target.address) from error
+        raise target.server.explain(error) from error
 
 
 def _complete(prompt: str, target: Target, wanted: GenerateOptions) -> None:
-    with Client(target.address, timeout=target.timeout) as client:
+    with target.server.client(target.timeout) as client:
         request: dict[str, Any] = {**wanted}
         if target.is_chat_for(client.model()):
             request["messages"] = options.conversation(target.system, prompt)

@@ -8,9 +8,9 @@ from typing import Any, Final, TypeVar, cast
 
 import click
 
+from blockyard.cli.connection import Server
 from blockyard.cli.errors import CommandError
-from blockyard.client import BlockyardError, GenerateOptions, Message, ModelInfo
-from blockyard.common.grpc_options import NOBODY_LISTENS
+from blockyard.client import GenerateOptions, Message, ModelInfo
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -40,6 +40,11 @@ _SAMPLING: Final = [
     ),
     click.option(
         "--no-cache", "cache_off", is_flag=True, default=None, help="Share cached KV with nobody."
+    ),
+    click.option(
+        "--priority",
+        type=click.IntRange(-10, 10),
+        help="Class of service: a higher one is served first; default 0.",
     ),
 ]
 
@@ -76,9 +81,6 @@ _BEAM_FIELDS: Final = {
     "early_stopping": "early_stopping",
 }
 
-address = click.option(
-    "--address", default="127.0.0.1:50051", show_default=True, help="The server's host:port."
-)
 system = click.option("--system", metavar="TEXT", help="A system message that opens the chat.")
 timeout = click.option(
     "--timeout",
@@ -92,7 +94,7 @@ timeout = click.option(
 class Target:
     """Which server, and how prompts are sent to it."""
 
-    address: str
+    server: Server
     timeout: float | None  # of each request [s]
     is_chat: bool | None  # None: if the model has a chat template
     system: str | None
@@ -134,13 +136,6 @@ def conversation(system_message: str | None, prompt: str) -> list[Message]:
     if system_message is not None:
         opening.append({"role": "system", "content": system_message})
     return [*opening, {"role": "user", "content": prompt}]
-
-
-def explain(error: BlockyardError, address: str) -> Exception:
-    """An error as a user should see it: most often there is no server."""
-    if error.code == "UNAVAILABLE" and NOBODY_LISTENS in error.message:
-        return CommandError(f"no server at {address}; start one with: blockyard serve")
-    return error
 
 
 def _add(options: Sequence[Callable[[Function], Function]], function: Function) -> Function:

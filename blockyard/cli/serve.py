@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import pydantic
@@ -21,6 +21,8 @@ from blockyard.launcher.child import ServeError
 from blockyard.launcher.config import ServeSettings
 from blockyard.launcher.server import LocalServer
 from blockyard.models import store
+
+_FILE: Final = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
 
 log = logging.getLogger(__name__)
 
@@ -83,15 +85,47 @@ log = logging.getLogger(__name__)
 @click.option("--num-threads", type=int, help="Of the executor; default: its own choice.")
 @click.option("--frontends", type=int, default=1, show_default=True, help="Front-end processes.")
 @click.option(
+    "--lame-duck-s",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Seconds that front ends serve on, NOT_SERVING, before they drain.",
+)
+@click.option(
+    "--drain-grace-s",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that open streams then have to finish.",
+)
+@click.option(
+    "--max-connection-age-s",
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds after which clients are asked to reconnect; default: never.",
+)
+@click.option("--tls-cert", type=_FILE, help="Serve TLS with this certificate (PEM).")
+@click.option("--tls-key", type=_FILE, help="Its key (PEM).")
+@click.option(
+    "--tls-client-ca", type=_FILE, help="Clients must have a certificate of these authorities."
+)
+@click.option("--auth-tokens", type=_FILE, help="Clients must send one of the tokens in this file.")
+@click.option("--max-client-streams", type=int, help="Calls that one client may have open.")
+@click.option("--max-prompt-tokens", type=int, help="Longer prompts are refused.")
+@click.option(
     "--otlp-endpoint",
     default="",
-    help="Send traces to this OTLP/gRPC collector, e.g. 127.0.0.1:4317; default: no tracing.",
+    help="Send traces and GenAI metrics to this OTLP/gRPC collector, e.g. 127.0.0.1:4317.",
 )
 @click.option(
     "--trace-sample-ratio",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
     help="Share of requests and steps that is traced, from 0 to 1; default: 0.01.",
+)
+@click.option(
+    "--log-contents",
+    is_flag=True,
+    help="Log the messages of unexpected exceptions, which may quote prompts.",
 )
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text")
 @click.option(
@@ -101,7 +135,7 @@ def command(**flags: Any) -> None:
     """Serve a model on this machine, until Ctrl-C.
 
     Starts an executor, an engine and the front ends, and restarts what dies. The first Ctrl-C
-    lets open streams finish; a second one does not.
+    lets open streams finish; a second one does not. SIGUSR2 replaces the front ends one by one.
     """
     try:
         settings = ServeSettings(**flags)
@@ -110,27 +144,34 @@ def command(**flags: Any) -> None:
         flag = str(problem["loc"][0]).replace("_", "-")
         message = problem["msg"].removeprefix("Value error, ")
         raise click.BadParameter(message, param_hint=f"--{flag}") from error
-    logs.configure("serve", settings.log_format, settings.log_level)
+    logs.configure(
+        "serve", settings.log_format, settings.log_level, has_contents=settings.log_contents
+    )
     with errors_explained():
         model_path = store.resolve(settings.model)
     try:
-        uvloop.run(_serve(settings.model_copy(update={"model": str(model_path)})))
+        code = uvloop.run(_serve(settings.model_copy(update={"model": str(model_path)})))
     except ServeError as error:
         raise CommandError(str(error), error.exit_code) from error
+    sys.exit(code)
 
 
-async def _serve(settings: ServeSettings) -> None:
+async def _serve(settings: ServeSettings) -> int:
+    """Serve until a signal; returns the exit code: 0, or 128 + that of the second signal."""
     server = LocalServer(settings, _json_line if settings.log_format == "json" else _text_line)
     stop = asyncio.Event()
+    code = 0
 
-    def on_signal() -> None:
+    def on_signal(number: signal.Signals) -> None:
+        nonlocal code
         if stop.is_set():
+            code = 128 + number
             server.kill()
         stop.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_signal, number)
     stopped = asyncio.create_task(stop.wait())
     work = asyncio.create_task(_run(server))
     await asyncio.wait([stopped, work], return_when=asyncio.FIRST_COMPLETED)
@@ -141,16 +182,38 @@ async def _serve(settings: ServeSettings) -> None:
     else:
         stopped.cancel()
         work.result()
+    return code
+
+
+async def _roll(server: LocalServer) -> None:
+    logs.event(log, "rolling restart")
+    try:
+        await server.roll()
+    except ServeError as error:
+        log.error("rolling restart given up, the old front ends go on: %s", error)
+    else:
+        logs.event(log, "rolling restart done")
 
 
 async def _run(server: LocalServer) -> None:
+    rolls = set()
+
+    def roll() -> None:
+        task = asyncio.create_task(_roll(server))
+        rolls.add(task)
+        task.add_done_callback(rolls.discard)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, roll)
+    settings = server.settings
+    access = "--ca ... " if settings.tls_cert is not None else ""
+    access += "--token-file ... " if settings.auth_tokens is not None else ""
     async with server:
         logs.event(
             log,
             "ready",
             address=server.address,
             after_s=f"{server.ready_s:.1f}",
-            try_it=f"'blockyard generate --address {server.address} \"Hello\"'",
+            try_it=f"'blockyard generate --address {server.address} {access}\"Hello\"'",
         )
         await server.wait()
 

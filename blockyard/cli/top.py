@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from typing import Final
+from typing import Any, Final
 
 import click
 import grpc
 
+from blockyard.cli.connection import taken_tls, tls_options
 from blockyard.cli.errors import CommandError
 from blockyard.cli.top_frame import Sample, frame
 from blockyard.client.errors import BlockyardError, from_rpc
-from blockyard.common.grpc_options import LINK_OPTIONS
+from blockyard.common.grpc_options import LINK_OPTIONS, NOBODY_LISTENS
 from blockyard.common.listen_address import socket_path, split_host_port
+from blockyard.common.reloading import FileError
+from blockyard.common.tls import Tls
 from blockyard.engine.v1 import engine_pb2 as pb
 from blockyard.engine.v1 import engine_pb2_grpc
 from blockyard.launcher.run_dir import running_engines
@@ -64,9 +67,10 @@ def _checked_interval(_: click.Context, __: click.Parameter, interval_s: float) 
     help="Seconds between two frames.",
 )
 @click.option("--once", is_flag=True, help="Measure for one interval, print one frame, end.")
-def command(address: str | None, interval_s: float, once: bool) -> None:
+@tls_options
+def command(address: str | None, interval_s: float, once: bool, **rest: Any) -> None:
     """Watch a running server: rates, queue and memory, until Ctrl-C."""
-    with contextlib.closing(EngineWatch(address)) as watch:
+    with contextlib.closing(EngineWatch(address, taken_tls(rest))) as watch:
         if once:
             _print_once(watch, interval_s)
             return
@@ -77,9 +81,15 @@ def command(address: str | None, interval_s: float, once: bool) -> None:
 class EngineWatch:
     """Takes samples of one engine: the one at a given address, or the one that runs here."""
 
-    def __init__(self, address: str | None) -> None:
-        """`address`: unix:/path or host:port; None: look for it, again after it was lost."""
+    def __init__(self, address: str | None, tls: Tls | None = None) -> None:
+        """Nothing is connected yet.
+
+        Args:
+            address: unix:/path or host:port; None: look for it, again after it was lost.
+            tls: for an engine that takes TCP.
+        """
         self._wanted = address
+        self._tls = tls
         self._address = ""
         self._channel: grpc.Channel | None = None
 
@@ -98,7 +108,7 @@ class EngineWatch:
         """Ask for a snapshot. Raises NoEngineError, or another error if asking again is no use."""
         if self._channel is None:
             self._address = self._wanted or _the_running_engine()
-            self._channel = grpc.insecure_channel(self._address, options=LINK_OPTIONS)
+            self._channel = self._connect()
         stub = engine_pb2_grpc.EngineServiceStub(self._channel)
         try:
             snapshot = stub.Snapshot(pb.SnapshotRequest(), timeout=_ANSWER_TIMEOUT_S)
@@ -106,6 +116,16 @@ class EngineWatch:
             self.close()
             raise _explained(from_rpc(error), self._address) from error
         return Sample(snapshot, time.monotonic())
+
+    def _connect(self) -> grpc.Channel:
+        if self._tls is None or socket_path(self._address) is not None:
+            return grpc.insecure_channel(self._address, options=LINK_OPTIONS)
+        try:
+            credentials = self._tls.channel_credentials()
+        except FileError as error:
+            raise CommandError(str(error), 2) from error
+        options = [*LINK_OPTIONS, *self._tls.channel_options()]
+        return grpc.secure_channel(self._address, credentials, options=options)
 
 
 def _the_running_engine() -> str:
@@ -122,8 +142,10 @@ def _the_running_engine() -> str:
 def _explained(error: BlockyardError, address: str) -> Exception:
     """An error as a user should see it; a NoEngineError if it may pass."""
     match error.code:
-        case "UNAVAILABLE":
+        case "UNAVAILABLE" if NOBODY_LISTENS in error.message:
             return NoEngineError(f"no engine at {address}")
+        case "UNAVAILABLE":
+            return NoEngineError(f"no engine at {address}: {error.message}")
         case "DEADLINE_EXCEEDED":
             return NoEngineError(f"the engine at {address} does not answer")
         case "UNIMPLEMENTED":

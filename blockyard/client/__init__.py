@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from blockyard.client.aio import AsyncClient
+from blockyard.client.endpoint import Endpoint
 from blockyard.client.errors import BlockyardError
 from blockyard.client.request import BeamSearch, GenerateOptions, Message
 from blockyard.client.response import Choice, Chunk, Completion, ModelInfo, TokenLogprob, Usage
 from blockyard.client.sync import Client
+from blockyard.common.tls import Tls
 
 __all__ = [
     "AsyncClient",
@@ -16,9 +18,11 @@ __all__ = [
     "Chunk",
     "Client",
     "Completion",
+    "Endpoint",
     "GenerateOptions",
     "Message",
     "ModelInfo",
+    "Tls",
     "TokenLogprob",
     "Usage",
 ]

@@ -10,10 +10,11 @@ import grpc
 import grpc.aio
 
 from blockyard.client import response as wire
-from blockyard.client.base import ClientBase, channel_options
+from blockyard.client.base import Access, ClientBase, channel_options
 from blockyard.client.errors import rpc_errors
 from blockyard.client.request import GenerateOptions, Message, build_request
 from blockyard.client.response import Chunk, Completion, ModelInfo
+from blockyard.common.tls import Tls
 from blockyard.v1 import generate_pb2 as pb
 from blockyard.v1 import generate_pb2_grpc as pb_grpc
 
@@ -28,10 +29,32 @@ class AsyncClient(ClientBase):
     Every call raises BlockyardError.
     """
 
-    def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
-        """`timeout` holds for each call that gives none [s]; None: no limit."""
-        super().__init__(timeout)
-        self._channel = grpc.aio.insecure_channel(address, channel_options(address))
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        timeout: float | None = None,
+        tls: Tls | None = None,
+        token: str | None = None,
+        allow_insecure_token: bool = False,
+    ) -> None:
+        """Nothing is connected yet.
+
+        Args:
+            address: host:port, or unix:/path.
+            timeout: holds for each call that gives none [s]; None: no limit.
+            tls: None: a connection in the clear.
+            token: the bearer token, for servers that ask for one.
+            allow_insecure_token: send it in the clear to another machine: something on the way,
+                a sidecar perhaps, encrypts.
+        """
+        access = Access(tls=tls, token=token, allow_insecure_token=allow_insecure_token)
+        super().__init__(address, timeout, access)
+        options, credentials = channel_options(address, tls), access.credentials()
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options)
+        else:
+            self._channel = grpc.aio.secure_channel(address, credentials, options)
         self._stub: pb_grpc.GenerateServiceAsyncStub = pb_grpc.GenerateServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -83,23 +106,28 @@ class AsyncClient(ClientBase):
     ) -> Completion:
         """All choices at once; arguments as for `generate`."""
         request = build_request(prompt, token_ids, messages, options)
-        with rpc_errors():
-            response = await self._stub.GenerateUnary(request, timeout=self._limit(timeout))
+        with self._calling("GenerateUnary") as metadata, rpc_errors():
+            response = await self._stub.GenerateUnary(
+                request, timeout=self._limit(timeout), metadata=metadata
+            )
         return wire.completion(response)
 
     async def model(self, *, timeout: float | None = None) -> ModelInfo:
         """The model served, and its limits."""
-        with rpc_errors():
-            response = await self._stub.GetModel(pb.GetModelRequest(), timeout=self._limit(timeout))
+        with self._calling("GetModel") as metadata, rpc_errors():
+            response = await self._stub.GetModel(
+                pb.GetModelRequest(), timeout=self._limit(timeout), metadata=metadata
+            )
         return wire.model_info(response)
 
     async def _stream(
         self, request: pb.GenerateRequest, timeout: float | None
     ) -> AsyncGenerator[Chunk, None]:
-        call = self._stub.Generate(request, timeout=self._limit(timeout))
-        try:
-            with rpc_errors():
-                async for response in call:
-                    yield wire.chunk(response)
-        finally:
-            call.cancel()  # does nothing to a stream that has ended
+        with self._calling("Generate") as metadata:
+            call = self._stub.Generate(request, timeout=self._limit(timeout), metadata=metadata)
+            try:
+                with rpc_errors():
+                    async for response in call:
+                        yield wire.chunk(response)
+            finally:
+                call.cancel()  # does nothing to a stream that has ended

@@ -10,6 +10,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
+from blockyard.common.tls import handshake_problem
+
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -50,9 +52,10 @@ def from_rpc(error: grpc.RpcError) -> BlockyardError:
     """The client's form of an error that a call of the gRPC library raised."""
     call: Any = error  # calls raise objects that are RpcError and Call at once
     code: grpc.StatusCode = call.code()
-    result = BlockyardError(
-        code.name, call.details() or "", is_retryable=code is grpc.StatusCode.UNAVAILABLE
-    )
+    details = call.details() or ""
+    if (problem := handshake_problem(details)) is not None:
+        details = f"no connection to the server: {problem}"
+    result = BlockyardError(code.name, details, is_retryable=code is grpc.StatusCode.UNAVAILABLE)
     for key, value in call.trailing_metadata() or ():
         if key == _DETAILS_KEY:
             # Details that cannot be read leave the code and the message.

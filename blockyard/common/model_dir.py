@@ -5,9 +5,14 @@
     tokenizer.json
     chat_template.jinja            optional
     model.safetensors              or shards, named by model.safetensors.index.json
+    model.codes                    optional; the quantised blocks that float32 weights came from
     blockyard.json                 {"format_version": 1, "name", "digest", "source"}
 
 Plain JSON, so that the CPU-only services can read it without the model libraries.
+
+model.codes is a safetensors file, named otherwise because some loaders read every *.safetensors.
+Its tensors have the names of the weights and hold their rows of blocks as bytes, its metadata
+says in which of ggml's formats. Executors may compute with them; without the file all works.
 """
 
 from __future__ import annotations
@@ -27,6 +32,9 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
 WEIGHTS_FILE: Final = "model.safetensors"
 WEIGHTS_INDEX_FILE: Final = "model.safetensors.index.json"
+CODES_FILE: Final = "model.codes"
+CODE_FORMATS: Final = ("Q4_0", "Q4_1", "Q8_0")
+"""Of which tensors codes are kept."""
 
 _IMPORT_HINT: Final = "import the model again with `blockyard models import`"
 
@@ -89,6 +97,12 @@ class ModelDir:
             if Path(name).name != name:
                 raise ModelDirError(f"{index_path}: {name!r} is not a file name; {_IMPORT_HINT}")
         return [_existing(self.path / name) for name in names]
+
+    @property
+    def codes_file(self) -> Path | None:
+        """The quantised weights, if there are any."""
+        path = self.path / CODES_FILE
+        return path if path.exists() else None
 
 
 def load(path: Path) -> ModelDir:

@@ -7,7 +7,7 @@ from typing import Final
 EXECUTOR_PROTOCOL_VERSION: Final = 1
 """blockyard.executor.v1; checked at Open."""
 
-ENGINE_PROTOCOL_VERSION: Final = 3
+ENGINE_PROTOCOL_VERSION: Final = 4
 """blockyard.engine.v1; checked at Hello."""
 
 PADDING_BLOCK_ID: Final = 0

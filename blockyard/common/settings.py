@@ -15,6 +15,8 @@ from blockyard.common.process import exit_with_parent
 
 UNUSABLE: Final = 2
 """Exit code: settings, files or address cannot be used, so a restart would not help."""
+CRASHED: Final = 1
+"""Exit code: a bug."""
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,9 @@ class ServiceSettings(BaseSettings):
 
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_contents: bool = Field(
+        False, description="Log the messages of unexpected exceptions, which may quote prompts."
+    )
     exit_with_parent: bool = Field(
         False, description="Die with the process that started this one (Linux)."
     )
@@ -68,7 +73,8 @@ def run_service(
         settings_type: what to read.
         arguments: flags.
         serve: runs until the service is stopped; returns the exit code.
-        unusable: errors that end the process with one line and exit code UNUSABLE.
+        unusable: errors that end the process with one line and exit code UNUSABLE; others are
+            bugs, and end it with CRASHED.
     """
     logs.configure(service)
     try:
@@ -76,9 +82,12 @@ def run_service(
     except pydantic.ValidationError as error:
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"])
-            log.error("setting %s: %s", name, problem["msg"].removeprefix("Value error, "))
+            message = problem["msg"].removeprefix("Value error, ")
+            log.error("setting %s: %s", name, message) if name else log.error("%s", message)
         return UNUSABLE
-    logs.configure(service, settings.log_format, settings.log_level)
+    logs.configure(
+        service, settings.log_format, settings.log_level, has_contents=settings.log_contents
+    )
     if settings.exit_with_parent:
         exit_with_parent()
     logs.event(log, "settings", **settings.model_dump(mode="json", exclude_unset=True))
@@ -87,3 +96,7 @@ def run_service(
     except unusable as error:
         log.error("%s", error)
         return UNUSABLE
+    except Exception:
+        # The process's edge. Python's own report would hold the exception's message.
+        log.exception("crashed")
+        return CRASHED

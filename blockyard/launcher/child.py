@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from blockyard.common.logs import event
+from blockyard.common.process import PARENT_VARIABLE
 
 CONFIGURATION_EXIT_CODE: Final = 2
 """A child that ends with this has unusable settings: starting it again would not help."""
@@ -174,6 +175,7 @@ def _spawn(command: tuple[str, ...], output_fd: int) -> subprocess.Popen[bytes]:
     """
     return subprocess.Popen(
         command,
+        env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
         stdin=subprocess.DEVNULL,
         stdout=output_fd,
         stderr=subprocess.STDOUT,

@@ -56,6 +56,21 @@ class ServeSettings(BaseModel):
     window: int = Field(default=2, ge=1, le=MAX_WINDOW)
     num_threads: int | None = Field(default=None, ge=1)
     frontends: int = Field(default=1, ge=1, le=64)
+    tls_cert: Path | None = None
+    """Front ends serve TLS with this certificate; see docs/security.md for these."""
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    auth_tokens: Path | None = None
+    max_client_streams: int | None = Field(default=None, ge=1)
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    log_contents: bool = False
+    """Log the messages of unexpected exceptions, which may quote prompts."""
+    lame_duck_s: float = Field(default=0.0, ge=0)
+    """How long front ends that were told to end serve on while health says NOT_SERVING [s]."""
+    drain_grace_s: float = Field(default=30.0, ge=0)
+    """How long their open streams may take to finish after that [s]."""
+    max_connection_age_s: float | None = Field(default=None, gt=0)
+    """Front ends ask clients to reconnect after about so long [s]."""
     otlp_endpoint: Annotated[str, AfterValidator(endpoint_or_off)] = ""
     """Engine and front ends send traces to this OTLP/gRPC collector; empty: nowhere."""
     trace_sample_ratio: float | None = Field(default=None, ge=0, le=1)

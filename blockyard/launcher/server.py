@@ -6,22 +6,20 @@ import asyncio
 import logging
 import shutil
 import socket
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from blockyard.launcher.child import Child, ChildSpec, LineSink, ServeError
+from blockyard.launcher.commands import frontend_spec, service_specs
 from blockyard.launcher.config import ServeSettings
+from blockyard.launcher.frontends import Frontends
 from blockyard.launcher.run_dir import create_run_dir, service_address
-from blockyard.launcher.watch import wait_until_serving, watch_executor
+from blockyard.launcher.watch import watch_executor
 from blockyard.models import store
 from blockyard.models.errors import ModelImportError
 
-# Front ends give open streams 30 s to finish.
-_FRONTEND_GRACE_S: Final = 40.0
-_SERVICE_GRACE_S: Final = 10.0
 _WILDCARD_HOSTS: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
 log = logging.getLogger(__name__)
@@ -44,8 +42,10 @@ class LocalServer:
         """From the start until the API served [s]."""
         self._sink = sink or (lambda _name, _line: None)
         self._is_up = False
-        self._children: dict[str, Child] = {}
+        self._services: dict[str, Child] = {}
+        self._frontends: Frontends | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._failure: asyncio.Future[None] | None = None  # why the server cannot go on
         self._port: socket.socket | None = None
         self._address = settings.listen
         self._run_dir: Path | None = None
@@ -81,8 +81,9 @@ class LocalServer:
     @property
     def pids(self) -> dict[str, int]:
         """Process ids by name: executor, engine, frontend (frontend-0, ... if several)."""
-        pids = {name: child.pid for name, child in self._children.items()}
-        return {name: pid for name, pid in pids.items() if pid is not None}
+        frontends = [] if self._frontends is None else self._frontends.current
+        children = [*self._services.values(), *frontends]
+        return {child.spec.name: child.pid for child in children if child.pid is not None}
 
     async def start(self) -> None:
         """Start all children at once; returns when the API serves. Raises ServeError."""
@@ -91,32 +92,48 @@ class LocalServer:
             model_path = await asyncio.to_thread(store.resolve, self.settings.model)
         except ModelImportError as error:
             raise ServeError(str(error), 2) from error
-        self._run_dir = create_run_dir()
+        run_dir = self._run_dir = create_run_dir()
         self._reserve_port()
-        for spec in child_specs(self.settings, model_path, self._run_dir, self._address):
-            self._children[spec.name] = Child(spec, self._sink, lambda: self._is_up)
-        self._tasks = [child.start() for child in self._children.values()]
-        watching = watch_executor(self.engine_address, self._children["executor"].replace)
-        self._tasks.append(asyncio.create_task(watching))
-        serving = asyncio.create_task(wait_until_serving(self.address))
-        try:
-            await self._first_of(serving)
-        finally:
-            serving.cancel()
+        self._failure = asyncio.get_running_loop().create_future()
+        for spec in service_specs(self.settings, model_path, run_dir):
+            child = self._services[spec.name] = Child(spec, self._sink, lambda: self._is_up)
+            self._watch(child.start())
+        watching = watch_executor(self.engine_address, self._services["executor"].replace)
+        self._watch(asyncio.create_task(watching))
+
+        def make_spec(index: int, admin: str) -> ChildSpec:
+            return frontend_spec(self.settings, model_path, run_dir, self._address, admin, index)
+
+        self._frontends = Frontends(
+            self.settings.frontends, make_spec, run_dir, self._sink, self._watch
+        )
+        serving = asyncio.create_task(self._frontends.start())
+        self._tasks.append(serving)
+        await asyncio.wait([serving, self._failure], return_when=asyncio.FIRST_COMPLETED)
+        (serving if serving.done() else self._failure).result()
         self._is_up = True
         self.ready_s = time.monotonic() - begin
 
     async def wait(self) -> None:
         """Wait until the server cannot go on, which raises ServeError."""
-        await self._first_of(*self._tasks)
+        assert self._failure is not None, "not started"
+        await asyncio.wait([self._failure])
+        self._failure.result()
+
+    async def roll(self) -> None:
+        """Replace the front ends one by one; no request fails, streams finish.
+
+        Does nothing before the API serves. Raises ServeError if a new one cannot serve; the old
+        ones then go on.
+        """
+        if self._is_up and self._frontends is not None:
+            await self._frontends.roll()
 
     async def stop(self) -> None:
         """End the front ends (their streams finish), then the engine, then the executor."""
-        children = list(self._children.values())
-        frontends = [child for child in children if child.spec.name.startswith("frontend")]
-        services = [child for child in reversed(children) if child not in frontends]
-        await asyncio.gather(*(child.stop() for child in frontends))
-        for child in services:
+        if self._frontends is not None:
+            await self._frontends.stop()
+        for child in reversed(self._services.values()):
             await child.stop()
         for task in self._tasks:
             task.cancel()
@@ -128,15 +145,24 @@ class LocalServer:
 
     def kill(self) -> None:
         """Kill all children now; a `stop` under way then returns."""
-        for child in self._children.values():
+        if self._frontends is not None:
+            self._frontends.kill()
+        for child in self._services.values():
             child.kill()
 
-    async def _first_of(self, *goals: asyncio.Task[None]) -> None:
-        """Wait for one of `goals`, or for a child's failure, which is raised."""
-        await asyncio.wait({*goals, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (*self._tasks, *goals):
-            if task.done():
-                task.result()
+    def _watch(self, task: asyncio.Task[None]) -> None:
+        """What `task` fails with is why the server cannot go on; the first failure counts."""
+        failure = self._failure
+        assert failure is not None
+
+        def note(task: asyncio.Task[None]) -> None:
+            error = None if task.cancelled() else task.exception()
+            if error is not None and not failure.done():
+                failure.set_exception(error)
+                failure.exception()  # seen, whether or not somebody waits
+
+        task.add_done_callback(note)
+        self._tasks.append(task)
 
     def _reserve_port(self) -> None:
         """Choose the port if none was given; refuse one that somebody else listens on.
@@ -154,78 +180,3 @@ class LocalServer:
             message = f"cannot listen on {self.settings.listen} ({reason}); choose another --listen"
             raise ServeError(message, 2) from error
         self._address = f"{host}:{self._port.getsockname()[1]}"
-
-
-def child_specs(
-    settings: ServeSettings, model_path: Path, run_dir: Path, address: str
-) -> list[ChildSpec]:
-    """The commands of executor, engine and front ends, in the order they are started."""
-    executor, engine = (service_address(run_dir, name) for name in ("executor", "engine"))
-    common = [
-        "--exit-with-parent",
-        *("--log-format", settings.log_format),
-        *("--log-level", settings.log_level),
-    ]
-    tracing = _given(
-        otlp_endpoint=settings.otlp_endpoint or None,
-        trace_sample_ratio=settings.trace_sample_ratio,
-    )
-    limits = _given(
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_model_len=settings.max_model_len,
-    )
-    executor_flags = [
-        *("--listen", executor, "--model-dir", str(model_path)),
-        *("--block-size", str(settings.block_size)),
-        *_given(
-            device=None if settings.device == "auto" else settings.device,
-            load_format=None if settings.load_format == "auto" else settings.load_format,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            kv_memory=settings.kv_memory,
-            max_rows=settings.max_num_seqs,
-            num_threads=settings.num_threads,
-            host_memory=settings.host_memory,
-        ),
-        *limits,
-    ]
-    engine_flags = [
-        *("--listen", engine, "--executor", executor, "--window", str(settings.window)),
-        *_given(
-            max_num_seqs=settings.max_num_seqs,
-            metrics_address=settings.metrics_address or None,
-            plan_log=settings.plan_log,
-            preemption=settings.preemption,
-        ),
-        *("--model-dir", str(model_path)),
-        *(() if settings.prefix_cache else ("--no-prefix-cache",)),
-        *limits,
-        *tracing,
-    ]
-    frontend_flags = [
-        *("--engine", engine, "--listen", address, "--model-dir", str(model_path)),
-        *tracing,
-    ]
-    if settings.frontends > 1:
-        frontend_flags.append("--reuse-port")
-    specs = [
-        _spec("executor", "executor_svc", [*executor_flags, *common], _SERVICE_GRACE_S),
-        _spec("engine", "scheduler_svc.engine", [*engine_flags, *common], _SERVICE_GRACE_S),
-    ]
-    for index in range(settings.frontends):
-        name = "frontend" if settings.frontends == 1 else f"frontend-{index}"
-        flags = [*frontend_flags, *common]
-        specs.append(_spec(name, "scheduler_svc.frontend", flags, _FRONTEND_GRACE_S))
-    return specs
-
-
-def _given(**values: float | str | Path | None) -> list[str]:
-    """Flags for what is set."""
-    flags = []
-    for name, value in values.items():
-        if value is not None:
-            flags += [f"--{name.replace('_', '-')}", str(value)]
-    return flags
-
-
-def _spec(name: str, module: str, flags: list[str], grace_s: float) -> ChildSpec:
-    return ChildSpec(name, (sys.executable, "-m", module, *flags), grace_s)

@@ -87,6 +87,16 @@ class GgufSource:
         """Shape as torch would say it: rows first."""
         return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
+    def format(self, name: str) -> str:
+        """ggml's name of how the tensor is stored, e.g. "Q4_1"."""
+        kind: str = self._tensors[name].tensor_type.name
+        return kind
+
+    def blocks(self, name: str) -> npt.NDArray[np.uint8]:
+        """A quantised matrix as it is stored: [rows, bytes], mapped."""
+        data: npt.NDArray[np.uint8] = self._tensors[name].data
+        return data
+
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """The dequantised tensor, in torch's shape. Raises ModelImportError on an unknown type."""
         from gguf.quants import dequantize

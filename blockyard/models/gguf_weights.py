@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from blockyard.common.model_dir import CODE_FORMATS
 from blockyard.models.errors import ModelImportError
 from blockyard.models.gguf_config import ROPE_FREQS_TENSOR
 from blockyard.models.gguf_source import GgufSource
 
 Shape = tuple[int, ...]
+Item = TypeVar("Item", np.float32, np.uint8)
 
 # Folded into config.json instead.
 _NOT_WEIGHTS: Final = {ROPE_FREQS_TENSOR}
@@ -52,7 +54,22 @@ class GgufWeights:
         for gguf_name, (name, _) in self._gguf_names.items():
             yield name, self._unpermuted(gguf_name, self._source.tensor(gguf_name))
 
-    def _unpermuted(self, name: str, tensor: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    @property
+    def coded(self) -> dict[str, tuple[str, Shape]]:
+        """ggml's format and shape [rows, bytes] of the codes that are kept, in file order."""
+        return {
+            name: (self._source.format(gguf_name), self._source.blocks(gguf_name).shape)
+            for gguf_name, (name, _) in self._gguf_names.items()
+            if self._source.format(gguf_name) in CODE_FORMATS
+        }
+
+    def codes(self) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+        """(Hugging Face name, blocks [rows, bytes]), in the order of `coded`."""
+        for gguf_name, (name, _) in self._gguf_names.items():
+            if self._source.format(gguf_name) in CODE_FORMATS:
+                yield name, self._unpermuted(gguf_name, self._source.blocks(gguf_name))
+
+    def _unpermuted(self, name: str, tensor: npt.NDArray[Item]) -> npt.NDArray[Item]:
         """Undo llama.cpp's row order of Q and K.
 
         In llama files a head's rows alternate between the two halves that rotate together

@@ -146,7 +146,33 @@ def _import_gguf(job: ImportJob, staging: Path) -> str:
     template = source.get("tokenizer.chat_template", str)
     if template is not None:
         (staging / model_dir.CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    _write_codes(staging / model_dir.CODES_FILE, weights)
     return _write_weights(job, staging, weights, _new_hash(config))
+
+
+def add_codes(source: Path, target: Path) -> None:
+    """Write the codes into `target`, imported from the same GGUF file without them.
+
+    Safe to run twice at once. Raises ModelImportError, or OSError if nothing can be written there.
+    """
+    gguf = GgufSource(source)
+    weights = GgufWeights(gguf, gguf_config.model_config(gguf))
+    with tempfile.TemporaryDirectory(prefix=".codes.", dir=target) as folder:
+        path = Path(folder) / model_dir.CODES_FILE
+        _write_codes(path, weights)
+        path.replace(target / model_dir.CODES_FILE)
+
+
+def _write_codes(path: Path, weights: GgufWeights) -> None:
+    """Always a file, with no tensor in it if none is stored in a format that is kept.
+
+    Not part of the digest: it says nothing that the weights do not.
+    """
+    coded = weights.coded
+    shapes = {name: shape for name, (_, shape) in coded.items()}
+    formats = {name: found for name, (found, _) in coded.items()}
+    with path.open("wb") as file:
+        safetensors_file.write_bytes(file, shapes, weights.codes(), formats)
 
 
 def _write_weights(job: ImportJob, staging: Path, weights: GgufWeights, digest: Hash) -> str:

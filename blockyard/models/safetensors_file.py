@@ -30,6 +30,8 @@ _ITEM_BYTES: Final = {
     for dtype in dtypes
 }
 
+_NUMPY_TYPES: Final = {"F32": "<f4", "U8": "u1"}
+
 
 class ByteSink(Protocol):
     """Takes bytes, e.g. a file or a hash beside it."""
@@ -44,18 +46,38 @@ def write_float32(
     tensors: Iterable[tuple[str, npt.NDArray[np.float32]]],
 ) -> None:
     """Write `tensors` in the order of `shapes`, each of exactly that name and shape."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    _write(sink, "F32", shapes, tensors, {})
+
+
+def write_bytes(
+    sink: ByteSink,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, npt.NDArray[np.uint8]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """The same with tensors of bytes, and what the header says beside them."""
+    _write(sink, "U8", shapes, tensors, metadata)
+
+
+def _write(
+    sink: ByteSink,
+    dtype: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, npt.NDArray[Any]]],
+    metadata: Mapping[str, str],
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        end = offset + _ITEM_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the tensors start aligned
     sink.write(struct.pack("<Q", len(encoded)) + encoded)
     for (name, shape), (given_name, array) in zip(shapes.items(), tensors, strict=True):
         assert (name, shape) == (given_name, array.shape), (name, shape, given_name, array.shape)
-        sink.write(np.ascontiguousarray(array, dtype="<f4").data.cast("B"))
+        sink.write(np.ascontiguousarray(array, dtype=_NUMPY_TYPES[dtype]).data.cast("B"))
 
 
 def read_names(path: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -62,6 +63,8 @@ def models() -> list[model_dir.ModelDir]:
 def resolve(model: str, *, is_quiet: bool = False) -> Path:
     """The model directory that `model` means, importing it on first use.
 
+    Codes that an older import lacks are added if the GGUF file is still there, unchanged.
+
     Args:
         model: a stored name, the default model's name, an imported model directory, a Hugging
             Face directory or a .gguf file.
@@ -69,6 +72,12 @@ def resolve(model: str, *, is_quiet: bool = False) -> Path:
 
     Raises ModelImportError.
     """
+    path = _resolve(model, is_quiet=is_quiet)
+    _add_codes(path)
+    return path
+
+
+def _resolve(model: str, *, is_quiet: bool) -> Path:
     stored = _models_dir() / model
     if "/" not in model and (stored / model_dir.MANIFEST_FILE).exists():
         return _load(stored).path
@@ -112,7 +121,22 @@ def _models_dir() -> Path:
     return StoreSettings().models_dir
 
 
+def _add_codes(path: Path) -> None:
+    source = _manifest_entry(path, "source")
+    if source is None or (path / model_dir.CODES_FILE).exists():
+        return
+    gguf = Path(source)
+    if gguf.is_file() and importer.source_stamp(gguf) == _stamp(path):
+        # A store that cannot be written serves as it is.
+        with contextlib.suppress(OSError):
+            importer.add_codes(gguf, path)
+
+
 def _stamp(path: Path) -> str | None:
+    return _manifest_entry(path, "source_stamp")
+
+
+def _manifest_entry(path: Path, key: str) -> str | None:
     manifest = path / model_dir.MANIFEST_FILE
     if not manifest.exists():
         return None
@@ -120,8 +144,8 @@ def _stamp(path: Path) -> str | None:
         value = json.loads(manifest.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    stamp = value.get("source_stamp") if isinstance(value, dict) else None
-    return stamp if isinstance(stamp, str) else None
+    entry = value.get(key) if isinstance(value, dict) else None
+    return entry if isinstance(entry, str) else None
 
 
 def _load(path: Path) -> model_dir.ModelDir:

@@ -119,8 +119,10 @@ class SchedulerReplay:
         elif isinstance(event, pb.StepResult):
             self._forget(scheduler.commit(plan_codec.decode(event)).finished)
         elif isinstance(event, pb.CostModel):
-            prices = (event.step_ns, event.token_ns, event.kv_bytes_per_s, event.swap_bytes_per_s)
-            scheduler.set_cost_model(CostModel(*prices))
+            rates = (event.kv_bytes_per_s, event.swap_bytes_per_s)
+            scheduler.set_cost_model(
+                CostModel(event.step_ns, event.token_ns, *rates, event.free_tokens)
+            )
         elif isinstance(event, engine_pb2.FlushCacheRequest):
             scheduler.flush_cache()
 

@@ -31,6 +31,7 @@ class _ProfileFile(pydantic.BaseModel):
     token_ns: float = pydantic.Field(gt=0)
     kv_bytes_per_s: float = pydantic.Field(gt=0)
     swap_bytes_per_s: float = pydantic.Field(default=0.0, ge=0)
+    free_tokens: int = pydantic.Field(default=0, ge=0)
     kv_bytes_per_token: int = pydantic.Field(gt=0)
 
 

@@ -7,6 +7,7 @@ the scheduler's state and then calls `pump`, which plans while the window has ro
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -19,7 +20,12 @@ from scheduler_svc.config import EngineSettings
 from scheduler_svc.cost_model import CostModel
 from scheduler_svc.engine.admission import build_request, max_branches, rejection
 from scheduler_svc.engine.beam_pace import BeamPace
+from scheduler_svc.engine.executor_limits import limits_of
 from scheduler_svc.engine.link import FrontendLink
+from scheduler_svc.engine.metrics.frontends import FrontendTotals
+from scheduler_svc.engine.metrics.recorder import MetricsRecorder
+from scheduler_svc.engine.observer import EngineObserver
+from scheduler_svc.engine.progress import ProgressWatch
 from scheduler_svc.engine.queue_bound import QueueBound, deadline_error
 from scheduler_svc.engine.reports import finish_message, snapshot_message
 from scheduler_svc.engine.text_stop import TextStops
@@ -31,7 +37,7 @@ from scheduler_svc.executor_client import (
     LinkState,
     LinkTimeouts,
 )
-from scheduler_svc.limits import Limits
+from scheduler_svc.health import HealthServicer
 from scheduler_svc.plan_log import PlanLog
 from scheduler_svc.policy import Policy
 from scheduler_svc.request import Request
@@ -45,8 +51,14 @@ class Engine:
     """One scheduler, one executor link, any number of front-end links."""
 
     def __init__(self, settings: EngineSettings, tracing: EngineTracing | None = None) -> None:
-        """Create an engine that has not met its executor yet. Raises PlanLogPathError."""
-        self._tracing = tracing
+        """Create an engine that has not met its executor yet.
+
+        Raises PlanLogPathError, or FileError if a certificate cannot be used.
+        """
+        self.security = settings.link_security()
+        self.recorder = MetricsRecorder() if settings.metrics_address else None
+        self.frontends = FrontendTotals()
+        self._observer = EngineObserver(tracing, self.recorder)
         self._settings = settings
         self._policy = Policy(settings.preemption, settings.prefix_cache)
         self._log = PlanLog(settings.plan_log, self._policy, settings.plan_log_max_bytes)
@@ -58,14 +70,28 @@ class Engine:
             settings.executor,
             self,
             LinkTimeouts(settings.heartbeat_timeout_s, settings.progress_timeout_s),
+            security=self.security,
+            executor_name=settings.executor_name,
             strict=settings.strict,
         )
+        self.health = HealthServicer([pb.DESCRIPTOR.services_by_name["EngineService"].full_name])
+        self._progress = ProgressWatch(settings.progress_timeout_s, self._is_idle, self._announce)
         self._info: executor_pb2.DescribeResponse | None = None
         self._links: dict[int, FrontendLink] = {}
+        self._all_left = asyncio.Event()
+        self._all_left.set()
         self._num_links = 0
         self._num_requests = 0
         self._link_state = pb.WatchExecutorResponse(state=pb.WatchExecutorResponse.STATE_CONNECTING)
         self._link_state_changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Keep the executor's link up and watch its progress until cancelled; raises on a bug."""
+        watching = asyncio.create_task(self._progress.run())
+        try:
+            await self.client.run()
+        finally:
+            watching.cancel()
 
     def close(self) -> None:
         """Write out what the plan log holds back; the engine must not go on."""
@@ -85,7 +111,7 @@ class Engine:
     def on_new_epoch(self, epoch: int) -> None:
         """Start over on an empty executor; requests keep their tokens and wait again."""
         assert self._info is not None
-        limits = self._limits(self._info)
+        limits = limits_of(self._info, self._settings)
         self._log.begin_epoch(epoch, self._info, limits)
         if self.scheduler is None:
             self.scheduler = Scheduler(limits, self._policy)
@@ -98,41 +124,25 @@ class Engine:
             budget=limits.max_num_batched_tokens,
         )
         output = self.scheduler.begin_epoch(epoch, limits)
-        if self._tracing is not None:
-            self._tracing.epoch_ended()
+        self._observer.epoch_ended()
         self._publish(output)
-        for link in self._links.values():
-            link.push_state(self.state())
-
-    def _limits(self, info: executor_pb2.DescribeResponse) -> Limits:
-        settings = self._settings
-        budget = min(
-            settings.max_num_batched_tokens or info.max_num_batched_tokens,
-            info.max_num_batched_tokens,
-        )
-        return Limits(
-            num_device_blocks=info.num_device_blocks,
-            block_size=info.block_size,
-            max_num_seqs=min(settings.max_num_seqs or info.max_rows, info.max_rows, budget),
-            max_num_batched_tokens=budget,
-            max_model_len=min(settings.max_model_len or info.max_model_len, info.max_model_len),
-            vocab_size=info.vocab_size,
-            watermark_blocks=int(settings.watermark * info.num_device_blocks),
-            num_host_blocks=info.num_host_blocks,
-            block_bytes=info.block_bytes,
-        )
+        self._progress.advanced()
+        self._announce()
 
     def on_result(self, result: executor_pb2.StepResult) -> None:
         """Commit a step, plan the next, then tell the front ends."""
-        assert self.scheduler is not None
+        scheduler, observer = self.scheduler, self._observer
+        assert scheduler is not None
         arrived_ns = time.monotonic_ns()
         self._log.result(result)
         self._pace.observe(result.timings)
-        output = self.scheduler.commit(plan_codec.decode(result))
-        committed_ns = time.monotonic_ns()
+        self._progress.advanced()
+        observer.arrived(scheduler, arrived_ns)
+        began_ns = time.monotonic_ns()
+        output = scheduler.commit(plan_codec.decode(result))
+        times_ns = (arrived_ns, began_ns, time.monotonic_ns())
         self.pump()
-        if self._tracing is not None:
-            self._tracing.committed(result, output.finished, arrived_ns, committed_ns)
+        observer.committed(result, output, times_ns, is_resting=not self.client.num_in_flight)
         self._publish(output)
 
     def on_cost_model(self, cost_model: executor_pb2.CostModel) -> None:
@@ -145,6 +155,7 @@ class Engine:
                     cost_model.token_ns,
                     cost_model.kv_bytes_per_s,
                     cost_model.swap_bytes_per_s,
+                    cost_model.free_tokens,
                 )
             )
 
@@ -159,7 +170,14 @@ class Engine:
         )
         self._link_state_changed.set()
         self._link_state_changed = asyncio.Event()
+        if state is LinkState.UNRESPONSIVE:
+            self._progress.lost()
         self.pump()
+
+    def _is_idle(self) -> bool:
+        """Whether the executor is there, and has nothing to do."""
+        has_work = self.scheduler is not None and self.scheduler.has_work
+        return self.client.is_ready and not self.client.num_in_flight and not has_work
 
     @property
     def _link_state_name(self) -> str:
@@ -196,11 +214,12 @@ class Engine:
                 self._expire(request)
             if plan is None:
                 return
+            planned_ns = time.monotonic_ns()
             message = plan_codec.encode(plan)
+            times_ns = (now_ns, planned_ns, time.monotonic_ns())
             self._log.plan(message)
             self.client.send(message)
-            if self._tracing is not None:
-                self._tracing.planned(plan, now_ns)
+            self._observer.planned(plan, scheduler, times_ns)
 
     def _window(self, scheduler: Scheduler) -> int:
         """Plans that may be in flight; one if the next is better held until beams can join it."""
@@ -210,20 +229,41 @@ class Engine:
 
     # ---- the front ends' side
 
+    @property
+    def num_frontends(self) -> int:
+        """Front ends connected."""
+        return len(self._links)
+
     def attach(self, hello: pb.Hello) -> FrontendLink:
         """Begin a front end's link."""
         self._num_links += 1
         link = FrontendLink(self._num_links, hello.frontend_id)
         self._links[link.index] = link
+        self._all_left.clear()
         link.push_state(self.state())
         return link
 
     def detach(self, link: FrontendLink) -> None:
         """End a front end's link and abort what it still had."""
         del self._links[link.index]
+        self.frontends.leave(link.index)
         for request_id in list(link.requests):
             self._abort(link, request_id)
         self.pump()
+        if not self._links:
+            self._all_left.set()
+
+    async def until_left(self, limit_s: float) -> None:
+        """Wait until no front end is connected, but not longer than the limit."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._all_left.wait(), limit_s)
+
+    def _announce(self) -> None:
+        """Tell front ends, and whoever asks for the health, how the engine is."""
+        state = self.state()
+        self.health.update(is_ready=state.ready, is_progressing=not state.stalled)
+        for link in self._links.values():
+            link.push_state(state)
 
     def state(self) -> pb.EngineState:
         """What front ends need to know."""
@@ -241,6 +281,8 @@ class Engine:
             max_num_seqs=limits.max_num_seqs,
             max_branches=max_branches(limits),
             device=self._info.device,
+            stalled=self._progress.is_stalled,
+            wants_metrics=self.recorder is not None,
         )
 
     def submit(self, link: FrontendLink, submits: pb.SubmitBatch) -> None:
@@ -275,20 +317,18 @@ class Engine:
         link.requests[submit.request_id] = request
         self._log.submit(submit, request)
         self.scheduler.submit(request)
-        if self._tracing is not None and submit.HasField("trace"):
-            self._tracing.submitted(request, submit.trace)
+        self._observer.queued(request, submit)
 
     def _drop_late(self, request: Request) -> None:
         """Give up a waiting request that can hardly meet its deadline for one that may."""
         assert self.scheduler is not None
         self._log.abort(request.key)
-        self.scheduler.abort(request)
+        self.scheduler.drop(request)
         self._expire(request)
 
     def _expire(self, request: Request) -> None:
         """Tell the front end of a request that was dropped for its deadline."""
-        if self._tracing is not None:
-            self._tracing.ended(request)
+        self._observer.expired(request)
         owner = self._links.get(request.frontend)
         if owner is not None and owner.requests.pop(request.request_id, None) is not None:
             owner.push_rejection(rejection(request.request_id, deadline_error()))
@@ -309,8 +349,7 @@ class Engine:
         if request is not None and self.scheduler is not None:
             self._log.abort(request.key)
             self.scheduler.abort(request)
-            if self._tracing is not None:
-                self._tracing.ended(request)
+            self._observer.aborted(request)
 
     def _stop(self, link: FrontendLink, request_id: int, index: int, num_tokens: int) -> None:
         request = link.requests.get(request_id)
@@ -332,10 +371,9 @@ class Engine:
                 self._finish(owner, finished)
 
     def _finish(self, link: FrontendLink, finished: Finished) -> None:
+        self._observer.finished(finished)
         if finished.is_last:
             link.requests.pop(finished.request.request_id, None)
-            if self._tracing is not None:
-                self._tracing.ended(finished.request, finished.status, finished.error_message)
         link.push_finish(finish_message(finished))
 
     def flush_cache(self) -> pb.FlushCacheResponse:

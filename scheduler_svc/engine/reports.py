@@ -64,4 +64,7 @@ def snapshot_message(scheduler: Scheduler) -> pb.SnapshotResponse:
         device=pb.DevicePool(**dataclasses.asdict(accounting.device)),
         host=pb.HostPool(**dataclasses.asdict(accounting.host)),
         counters=pb.Counters(**dataclasses.asdict(accounting.counters)),
+        num_deferred=scheduler.num_deferred,
+        num_waiting_tokens=scheduler.waiting.num_prompt_tokens,
+        estimated_wait_ns=int(scheduler.estimated_wait_ns()),
     )

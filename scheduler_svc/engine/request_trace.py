@@ -148,6 +148,7 @@ class RequestTrace:
             "swap_out": blocks.num_swapped_out,
             "swap_in": blocks.num_swapped_in,
             "copy_on_write": blocks.num_copied,
+            "beam_prune": self.request.num_pruned_beams,
         }
 
     # ---- at its end

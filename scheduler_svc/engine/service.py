@@ -12,6 +12,7 @@ from blockyard.engine.v1 import engine_pb2 as pb
 from blockyard.engine.v1 import engine_pb2_grpc
 from scheduler_svc.engine.link import FrontendLink
 from scheduler_svc.engine.loop import Engine
+from scheduler_svc.engine.metrics.frontends import MetricsReportError
 
 Context = grpc.aio.ServicerContext[pb.ConnectRequest, pb.ConnectResponse]
 
@@ -76,6 +77,11 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
                         if len(column) not in (0, len(stop.request_ids)):
                             return "stop: a column is not parallel to request_ids"
                     self._engine.stop(link, stop)
+                elif kind == "metrics":
+                    try:
+                        self._engine.frontends.add(link.index, frame.metrics)
+                    except MetricsReportError as error:
+                        return f"metrics: {error}"
                 else:
                     return f"frame {kind} inside a stream"
         finally:

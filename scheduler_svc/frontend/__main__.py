@@ -11,6 +11,7 @@ import uvloop
 
 from blockyard.common import model_dir
 from blockyard.common.listen_address import ListenError
+from blockyard.common.reloading import FileError
 from blockyard.common.settings import run_service
 from scheduler_svc.frontend.config import FrontendSettings
 from scheduler_svc.frontend.lifecycle import serve
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> int:
         uvloop.run(serve(settings, model_dir.load(settings.model_dir)))
         return 0
 
-    unusable = (model_dir.ModelDirError, ListenError)
+    unusable = (model_dir.ModelDirError, ListenError, FileError)
     return run_service("frontend", FrontendSettings, arguments, run, unusable)
 
 

@@ -8,7 +8,6 @@ so errors until then are Trailers-Only and clients may retry them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -27,6 +26,8 @@ from scheduler_svc.frontend import status, validation
 from scheduler_svc.frontend.chat_template import ChatTemplateError
 from scheduler_svc.frontend.engine_link import EngineLink
 from scheduler_svc.frontend.fanout import Fanout
+from scheduler_svc.frontend.limits import RequestLimits
+from scheduler_svc.frontend.metrics import FrontendMetrics
 from scheduler_svc.frontend.output_stream import Output, OutputOptions, OutputStream
 from scheduler_svc.frontend.parsing import parse
 from scheduler_svc.frontend.request_log import RequestRecord
@@ -58,29 +59,20 @@ class GenerateApi:
         tokenizer: PromptTokenizer,
         link: EngineLink,
         fanout: Fanout,
+        metrics: FrontendMetrics,
         *,
         version: str,
-        max_buffered_tokens: int,
+        limits: RequestLimits,
         tracer: Tracer | None = None,
     ) -> None:
         self._tracer = tracer
-        self._is_draining = False
-        self._num_active = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._model = model
         self._tokenizer = tokenizer
         self._link = link
         self._fanout = fanout
+        self._metrics = metrics
         self._version = version
-        self._max_buffered_tokens = max_buffered_tokens
-
-    async def drain(self, grace_s: float) -> int:
-        """Refuse new requests; wait for the open ones. Returns how many are left."""
-        self._is_draining = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), grace_s)
-        return self._num_active
+        self._limits = limits
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What to register with the server. Requests and responses are bytes."""
@@ -101,6 +93,7 @@ class GenerateApi:
                 output = await _next_output(stream, record)
                 for response in stream_responses(output, stream, record):
                     await stream.write(context.write, response)
+                self._metrics.sent(output.chunks)
                 if output.usage is not None:
                     return
 
@@ -147,14 +140,12 @@ class GenerateApi:
         is_streamed: bool,
     ) -> _Result:
         """The edge of a request: admits it, turns errors into statuses, always cleans up."""
-        record = RequestRecord()
+        record = RequestRecord("Generate" if is_streamed else "GenerateUnary")
         trace = RequestTrace.begin(self._tracer, self._model.name)
+        if trace is not None:
+            record.trace_id = trace.trace_id
         stream: OutputStream | None = None
-        self._num_active += 1
-        self._idle.clear()
         try:
-            if self._is_draining:
-                raise RequestError(Reason.DRAINING, "the server is draining; retry")
             stream = await self._admit(data, context, record, trace, is_streamed=is_streamed)
             return await respond(stream, record)
         except RequestError as error:
@@ -173,11 +164,9 @@ class GenerateApi:
             if stream is not None:
                 self._link.stop(self._fanout.close(stream))
             record.write(stream)
+            self._metrics.ended(record, stream)
             if trace is not None:
                 trace.end(record, stream)
-            self._num_active -= 1
-            if self._num_active == 0:
-                self._idle.set()
 
     async def _admit(
         self,
@@ -189,13 +178,17 @@ class GenerateApi:
         is_streamed: bool,
     ) -> OutputStream:
         """Check, tokenise and submit. Raises RequestError."""
+        self._limits.check_bytes(len(data))
         request = parse(pb.GenerateRequest, data)
         record.request_id = validation.check_request_id(request)
+        if request.HasField("chat"):
+            record.operation = "chat"
         state = self._engine_state()
         wanted = validation.check(request, self._model, state.max_branches)
         record.seed = wanted.sampling.seed
         prompt = await self._tokenise(request, state.max_model_len)
         record.num_prompt_tokens = len(prompt)
+        self._limits.check_prompt(len(prompt))
         # Tokenising took time: the engine may have come, gone or changed.
         max_model_len = self._engine_state().max_model_len
         validation.check_length(len(prompt), wanted.stopping.max_tokens, max_model_len)
@@ -221,7 +214,7 @@ class GenerateApi:
             vocabulary=self._tokenizer.vocabulary if has_text else None,
             stop_token_ids=wanted.stopping.token_ids,
             stop_strings=wanted.stopping.strings,
-            max_buffered_tokens=self._max_buffered_tokens if is_bounded else None,
+            max_buffered_tokens=self._limits.max_buffered_tokens if is_bounded else None,
             is_streamed=is_streamed,
         )
 
@@ -239,6 +232,7 @@ class GenerateApi:
         if kind == "token_ids":
             return list(request.token_ids.ids)
         num_chars = len(request.prompt) + sum(len(m.content) for m in request.chat.messages)
+        self._limits.check_text(num_chars, self._tokenizer.max_text_chars)
         if num_chars > self._tokenizer.max_text_chars(max_model_len):
             raise too_long(
                 kind or "input",

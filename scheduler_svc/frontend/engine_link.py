@@ -6,6 +6,7 @@ Knows frames and readiness; what output means is the fan-out's business.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import Final
 import grpc
 import grpc.aio
 
-from blockyard.common.grpc_options import LINK_OPTIONS, short_reason
+from blockyard.common.grpc_options import short_reason
+from blockyard.common.link_security import PLAIN, LinkSecurity
 from blockyard.common.logs import event
 from blockyard.engine.v1 import engine_pb2 as pb
 from blockyard.engine.v1 import engine_pb2_grpc as pb_grpc
@@ -49,7 +51,10 @@ class EngineLink:
         target: str,
         hello: pb.Hello,
         fanout: Fanout,
-        on_ready_changed: Callable[[bool], None],
+        on_state: Callable[[pb.EngineState | None], None],
+        *,
+        security: LinkSecurity = PLAIN,
+        engine_name: str = "",
     ) -> None:
         """Nothing is connected before `run`.
 
@@ -57,17 +62,24 @@ class EngineLink:
             target: gRPC address, e.g. unix:/run/engine.sock.
             hello: the first frame; its model digest must be the engine's.
             fanout: takes output; its streams fail when the engine is lost.
-            on_ready_changed: called with `is_ready` whenever that changes.
+            on_state: called with `state` whenever that changes.
+            security: how to connect.
+            engine_name: what the engine's certificate must be for, if not the target's host.
         """
         self._target = target
+        self._security = security
+        self._engine_name = engine_name
         self._hello = hello
         self._fanout = fanout
-        self._on_ready_changed = on_ready_changed
+        self._on_state = on_state
         self._state: pb.EngineState | None = None
         self._submits: list[pb.Submit] = []
         self._stops: list[Stop] = []
+        self._metrics: pb.FrontendMetrics | None = None
         self._has_outgoing = asyncio.Event()
         self._last_problem = ""
+        self._is_leaving = False
+        self._has_left = asyncio.Event()
 
     @property
     def state(self) -> pb.EngineState | None:
@@ -86,14 +98,36 @@ class EngineLink:
             self._stops.extend(stops)
             self._has_outgoing.set()
 
+    @property
+    def wants_metrics(self) -> bool:
+        """Whether the engine would take a report now."""
+        return self._state is not None and self._state.wants_metrics and self._metrics is None
+
+    def report(self, metrics: pb.FrontendMetrics) -> None:
+        """Send what was counted with this tick's batch."""
+        self._metrics = metrics
+        self._has_outgoing.set()
+
     async def run(self) -> None:
-        """Connect, serve, reconnect, until cancelled."""
-        async with grpc.aio.insecure_channel(self._target, options=LINK_OPTIONS) as channel:
-            stub: pb_grpc.EngineServiceAsyncStub = pb_grpc.EngineServiceStub(channel)
-            while True:
+        """Connect, serve, reconnect, until `leave`, or cancelled."""
+        while not self._is_leaving:
+            # A new channel each time: certificates may have changed.
+            async with self._security.channel(self._target, self._engine_name) as channel:
+                stub: pb_grpc.EngineServiceAsyncStub = pb_grpc.EngineServiceStub(channel)
                 loss = await self._serve(stub.Connect())
-                self._lose(loss.problem)
-                await asyncio.sleep(loss.pause_s)
+            self._lose(loss.problem)
+            await asyncio.sleep(0 if self._is_leaving else loss.pause_s)
+        self._has_left.set()
+
+    async def leave(self, limit_s: float) -> None:
+        """End the stream in order: what was submitted or reported arrives. Waits no longer than so.
+
+        `run` must be running.
+        """
+        self._is_leaving = True
+        self._has_outgoing.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._has_left.wait(), limit_s)
 
     async def _serve(self, call: _Call) -> _Loss:
         """One connection, until it breaks."""
@@ -114,6 +148,9 @@ class EngineLink:
                 self._has_outgoing.clear()
                 for frame in self._take_frames():
                     await call.write(frame)
+                if self._is_leaving and not self._has_outgoing.is_set():
+                    await call.done_writing()
+                    return
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             # The stream broke: the receiving side learns the status.
             return
@@ -129,6 +166,9 @@ class EngineLink:
             keys, num_kept, branches = zip(*stops, strict=True)
             stop = pb.StopBatch(request_ids=keys, num_output_tokens=num_kept, branches=branches)
             frames.append(pb.ConnectRequest(stop=stop))
+        if self._metrics is not None:
+            frames.append(pb.ConnectRequest(metrics=self._metrics))
+            self._metrics = None
         return frames
 
     async def _receive(self, call: _Call) -> _Loss:
@@ -155,33 +195,34 @@ class EngineLink:
                 f"the engine serves model {state.model_name} with digest {state.model_digest}; "
                 f"this front end has digest {self._hello.model_digest}"
             )
-        was_ready = self._state is not None
-        self._state = state if state.ready else None
-        if was_ready != state.ready:
+        if (self._state is not None) != state.ready:
             self._last_problem = ""
             event(
                 log, "engine ready" if state.ready else "engine not ready", model=state.model_name
             )
-            self._on_ready_changed(state.ready)
+        self._set_state(state if state.ready else None)
         return None
+
+    def _set_state(self, state: pb.EngineState | None) -> None:
+        if state != self._state:
+            self._state = state
+            self._on_state(state)
 
     def _lose(self, problem: str) -> None:
         """The stream is gone, and with it every request on it."""
-        if problem != self._last_problem:
+        if problem != self._last_problem and not self._is_leaving:
             self._last_problem = problem
             log.warning("engine link: %s", problem)
-        was_ready = self._state is not None
-        self._state = None
+        self._set_state(None)
         self._submits.clear()
         self._stops.clear()
+        self._metrics = None
         self._has_outgoing.clear()
         self._fanout.fail_all(
             RequestError(
                 Reason.ENGINE_LOST, "the engine was lost; retry", retry_delay_s=_RETRY_DELAY_S
             )
         )
-        if was_ready:
-            self._on_ready_changed(False)
 
 
 def _batches(submits: list[pb.Submit]) -> Iterator[list[pb.Submit]]:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from blockyard.engine.v1 import engine_pb2 as pb
 from scheduler_svc.errors import Reason, RequestError
-from scheduler_svc.frontend.flush_policy import FlushPolicy
+from scheduler_svc.frontend.flush_policy import MAX_INTERVAL_S, FlushPolicy
 from scheduler_svc.frontend.logprob_columns import LogprobColumns
-from scheduler_svc.frontend.loop_lag import LoopLag
 from scheduler_svc.frontend.output_stream import OutputOptions, OutputStream
+from scheduler_svc.telemetry.loop_lag import LoopLag
 
 
 class Stop(NamedTuple):
@@ -27,9 +27,12 @@ class Stop(NamedTuple):
 class Fanout:
     """The open streams by key."""
 
-    def __init__(self, lag: LoopLag) -> None:
+    def __init__(self, lag: LoopLag, max_merge_s: float = MAX_INTERVAL_S) -> None:
+        """`max_merge_s`: longest that tokens are merged; 0: never."""
+        self.interval_s = 0.0
+        """How long tokens are merged now; 0: they are sent at once."""
         self._lag = lag
-        self._policy = FlushPolicy()
+        self._policy = FlushPolicy(max_merge_s)
         self._streams: dict[int, OutputStream] = {}
         self._last_key = 0
         self._waiting: list[OutputStream] = []
@@ -56,7 +59,7 @@ class Fanout:
         """Take one batch: tokens first, then ends and refusals."""
         loop = asyncio.get_running_loop()
         self._policy.observe(len(batch.request_ids), loop.time())
-        interval_s = self._policy.interval_s(self._lag.value_s)
+        interval_s = self.interval_s = self._policy.interval_s(self._lag.value_s)
         stops = self._push_all(batch, merge=interval_s > 0)
         for finish in batch.finishes:
             if (stream := self._streams.get(finish.request_id)) is not None:

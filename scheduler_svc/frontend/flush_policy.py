@@ -26,7 +26,9 @@ _MAX_GAP_S: Final = 1.0
 class FlushPolicy:
     """Smoothed rate of the engine's batches and the interval that follows from it."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_interval_s: float = MAX_INTERVAL_S) -> None:
+        """Merge over at most so long; 0: never."""
+        self._max_interval_s = max_interval_s
         self._num_streams = 0.0
         self._gap_s = _MAX_GAP_S
         self._last_batch_s: float | None = None
@@ -45,4 +47,4 @@ class FlushPolicy:
         if share <= IMMEDIATE_SHARE and loop_lag_s <= MAX_IMMEDIATE_LAG_S:
             return 0.0
         wanted_s = max(self._num_streams * MESSAGE_COST_S / MERGED_SHARE, 2 * loop_lag_s)
-        return min(max(wanted_s, MIN_INTERVAL_S), MAX_INTERVAL_S)
+        return min(max(wanted_s, MIN_INTERVAL_S), self._max_interval_s)

@@ -7,6 +7,7 @@ import time
 
 from blockyard.common.logs import event
 from blockyard.v1 import generate_pb2 as pb
+from scheduler_svc.frontend.access import CLIENT
 from scheduler_svc.frontend.choice_output import Ending
 from scheduler_svc.frontend.output_stream import OutputStream
 
@@ -16,8 +17,12 @@ log = logging.getLogger(__name__)
 class RequestRecord:
     """Filled in while the request is served."""
 
-    def __init__(self) -> None:
-        self._start_ns = time.monotonic_ns()
+    def __init__(self, method: str) -> None:
+        """Begin with the call's arrival; `method` is e.g. Generate."""
+        self.start_ns = time.monotonic_ns()
+        self.method = method
+        self.operation = "text_completion"  # as the GenAI conventions call it
+        self.trace_id = b""  # of a sampled request, W3C [16]
         self.request_id = ""
         self.num_prompt_tokens = 0
         self.seed = 0
@@ -29,6 +34,11 @@ class RequestRecord:
     def finish_reasons(self) -> list[str]:
         """Of the choices that ended, each once, e.g. STOP."""
         return sorted(self._finish_reasons)
+
+    @property
+    def error_type(self) -> str:
+        """Why there was no complete answer; empty: there was."""
+        return "" if self.status == "OK" else self.reason or self.status
 
     def note_ending(self, ending: Ending) -> None:
         """A choice ended so."""
@@ -43,6 +53,8 @@ class RequestRecord:
             "prompt_tokens": self.num_prompt_tokens,
             "output_tokens": stream.num_output_tokens if stream else 0,
         }
+        if client := CLIENT.get():
+            fields["client"] = client
         if self.reason:
             fields["reason"] = self.reason
         if stream is not None and stream.num_choices > 1:
@@ -50,6 +62,6 @@ class RequestRecord:
         if self._finish_reasons:
             fields["finish_reason"] = ",".join(self.finish_reasons)
         if stream is not None and stream.first_token_ns is not None:
-            fields["ttft_ms"] = round((stream.first_token_ns - self._start_ns) / 1e6, 1)
-        fields["duration_ms"] = round((time.monotonic_ns() - self._start_ns) / 1e6, 1)
+            fields["ttft_ms"] = round((stream.first_token_ns - self.start_ns) / 1e6, 1)
+        fields["duration_ms"] = round((time.monotonic_ns() - self.start_ns) / 1e6, 1)
         event(log, "request", **fields)

@@ -20,7 +20,12 @@ DETAILS_KEY: Final = "grpc-status-details-bin"
 _SLOW_READER_S: Final = 1.0
 """How long a client that did not read has to take its status."""
 
-_EXHAUSTED: Final = (Reason.QUEUE_FULL, Reason.SLOW_READER)
+_EXHAUSTED: Final = (
+    Reason.REQUEST_TOO_LARGE,
+    Reason.TOO_MANY_STREAMS,
+    Reason.QUEUE_FULL,
+    Reason.SLOW_READER,
+)
 
 
 def status_of(error: RequestError) -> status_pb2.Status:

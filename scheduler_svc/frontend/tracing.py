@@ -7,6 +7,7 @@ request that is not sampled only the RPC's span is ever made, and that records n
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final, Self, TypeAlias
@@ -57,9 +58,16 @@ class RpcTracing(grpc.aio.ServerInterceptor):
     For behaviours that take one request and are coroutines, as ours are.
     """
 
-    def __init__(self, tracer: Tracer, service_name: str) -> None:
-        """Trace the methods of `service_name`, e.g. blockyard.v1.GenerateService."""
+    def __init__(self, tracer: Tracer, service_name: str, sample_ratio: float) -> None:
+        """Trace the methods of `service_name`, e.g. blockyard.v1.GenerateService.
+
+        Args:
+            tracer: samples every trace that begins with it.
+            service_name: full.
+            sample_ratio: of the calls whose client does not say. The others cost nothing more.
+        """
         self._tracer = tracer
+        self._sample_ratio = sample_ratio
         self._prefix = f"/{service_name}/"
 
     async def intercept_service(
@@ -73,6 +81,8 @@ class RpcTracing(grpc.aio.ServerInterceptor):
         if handler is None or not method.startswith(self._prefix) or handler.request_streaming:
             return handler  # type: ignore[no-any-return]  # handler has no public type
         parent = parent_context(handler_call_details.invocation_metadata or ())
+        if not parent and random.random() >= self._sample_ratio:
+            return handler  # type: ignore[no-any-return]  # as above
         if handler.response_streaming:
             make: Any = grpc.unary_stream_rpc_method_handler
             behaviour = handler.unary_stream
@@ -115,7 +125,7 @@ class RpcTracing(grpc.aio.ServerInterceptor):
 def parent_context(metadata: Iterable[tuple[str, str | bytes]]) -> Context:
     """The W3C trace context of a call's metadata; empty if there is none, or none that is valid."""
     carrier = {key: value for key, value in metadata if key in _HEADERS and isinstance(value, str)}
-    return _PROPAGATOR.extract(carrier, Context())
+    return _PROPAGATOR.extract(carrier, Context()) if carrier else Context()
 
 
 def _status_set(context: _Context) -> str:
@@ -158,6 +168,11 @@ class RequestTrace:
             return None
         return cls(tracer, model_name)
 
+    @property
+    def trace_id(self) -> bytes:
+        """W3C [16]."""
+        return self._span.get_span_context().trace_id.to_bytes(16, "big")
+
     def submitted(self, submit: engine_pb.Submit, *, is_chat: bool, is_streamed: bool) -> None:
         """The request goes to the engine now, with its place in the trace."""
         self._submitted_ns = time.time_ns()
@@ -182,14 +197,21 @@ class RequestTrace:
             self._span.set_attribute("blockyard.request.beam_width", submit.beam.width)
 
     def end(self, record: RequestRecord, stream: OutputStream | None) -> None:
-        """The call is over; `stream` is None if it was refused before it had one."""
-        end_ns = time.time_ns()
+        """The call is over; `stream` is None if it was refused before it had one.
+
+        Spans are made once the status is on its way.
+        """
+        asyncio.get_running_loop().call_soon(self._write, record, stream, time.time_ns())
+
+    def _write(self, record: RequestRecord, stream: OutputStream | None, end_ns: int) -> None:
         self._child("tokenize", self._start_ns, self._submitted_ns or end_ns)
         span = self._span
         if stream is not None and stream.first_token_ns is not None:
             first_ns = stream.first_token_ns + unix_offset_ns()
             self._child("stream", first_ns, end_ns)
             span.set_attributes(self._latencies(first_ns, end_ns, stream))
+        elif self._submitted_ns:
+            self._child("wait", self._submitted_ns, end_ns)
         span.set_attributes(
             {
                 # Two names each: of the GenAI conventions and as vLLM has them.

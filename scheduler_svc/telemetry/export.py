@@ -7,20 +7,19 @@ fit, and the end of the process waits for it for SHUTDOWN_S at most.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import uuid
 from collections.abc import Sequence
 from typing import Final
 
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBasedTraceIdRatio, Sampler
 from opentelemetry.trace import Tracer
 
-from blockyard.common.version import software_version
+from scheduler_svc.telemetry.loss_report import LossReport
+from scheduler_svc.telemetry.resource import service_resource
 
 SHUTDOWN_S: Final = 2.0
 """Longest wait for the last spans at the end of the process."""
@@ -31,8 +30,6 @@ _BATCH_DELAY_MS: Final = 1000
 _EXPORT_TIMEOUT_S: Final = 5.0
 
 _SCOPE: Final = "blockyard"
-
-log = logging.getLogger(__name__)
 
 
 class TraceExport:
@@ -70,15 +67,7 @@ class TraceExport:
         sampler: Sampler = ALWAYS_ON
         if sample_ratio is not None:
             sampler = ParentBasedTraceIdRatio(sample_ratio)
-        resource = Resource(
-            {
-                "service.namespace": "blockyard",
-                "service.name": service,
-                "service.version": software_version(),
-                "service.instance.id": self._instance_id,
-                "process.pid": os.getpid(),
-            }
-        )
+        resource = service_resource(service, self._instance_id)
         provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
         provider.add_span_processor(self._processor)
         return provider.get_tracer(_SCOPE)
@@ -97,22 +86,16 @@ def begin(endpoint: str) -> TraceExport | None:
 
 
 class ReportingExporter(SpanExporter):
-    """Logs one line when spans begin to be lost, and one when they arrive again."""
+    """Logs when spans begin to be lost, and when they arrive again."""
 
     def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
         self._exporter = exporter
-        self._endpoint = endpoint
-        self._is_failing = False
+        self._losses = LossReport("traces", endpoint)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send a batch; see SpanExporter."""
         result = self._exporter.export(spans)
-        is_failing = result is not SpanExportResult.SUCCESS
-        if is_failing and not self._is_failing:
-            log.warning("no traces: the collector at %s does not take them", self._endpoint)
-        elif self._is_failing and not is_failing:
-            log.info("the collector at %s takes traces again", self._endpoint)
-        self._is_failing = is_failing
+        self._losses.note(is_taken=result is SpanExportResult.SUCCESS)
         return result
 
     def shutdown(self) -> None:

@@ -15,8 +15,8 @@ class TracingSettings(ServiceSettings):
 
     otlp_endpoint: Annotated[str, AfterValidator(endpoint_or_off)] = Field(
         "",
-        description="Send traces to this OTLP/gRPC collector: host:port, http(s)://host:port or "
-        "unix:/path; empty: nothing is traced.",
+        description="Send traces and the GenAI metrics to this OTLP/gRPC collector: host:port, "
+        "http(s)://host:port or unix:/path; empty: nothing is traced.",
     )
     trace_sample_ratio: float = Field(
         0.01,

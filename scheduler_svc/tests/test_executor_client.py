@@ -19,6 +19,7 @@ from scheduler_svc.executor_client import (
     LinkState,
     LinkTimeouts,
     PlanRejectedError,
+    SessionEndedError,
 )
 from scheduler_svc.tests.scripted_executor import (
     RecordingHandler,
@@ -312,3 +313,33 @@ async def test_plans_need_an_open_link(make_link: Callable[..., Link]) -> None:
     link = make_link()
     with pytest.raises(AssertionError):
         link.send(1)
+
+
+@pytest.mark.parametrize("num_slow_turns", range(4))
+async def test_a_cancellation_is_not_lost_to_an_error_that_comes_meanwhile(
+    make_link: Callable[..., Link], monkeypatch: pytest.MonkeyPatch, num_slow_turns: int
+) -> None:
+    """The session's tasks are still ending, for an error, when the link is cancelled."""
+    link, has_failed = make_link(), asyncio.Event()
+
+    async def fail(_: Any) -> None:
+        has_failed.set()
+        raise SessionEndedError("the stream broke")
+
+    async def end_slowly(_: Any) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            for _turn in range(num_slow_turns):
+                await asyncio.sleep(0)
+
+    monkeypatch.setattr(link.client, "_receive", fail)
+    monkeypatch.setattr(link.client, "_write", end_slowly)
+    await link.serve()
+    running = asyncio.create_task(link.client.run())
+    (await link.session()).opened(EPOCH)
+    await asyncio.wait_for(has_failed.wait(), 10)
+    running.cancel()
+    _, late = await asyncio.wait([running], timeout=5)
+    assert not late
+    assert running.cancelled()

@@ -8,6 +8,7 @@ import pytest
 
 from scheduler_svc.cost_model import CostModel
 from scheduler_svc.pace import CAUTION, Pace
+from scheduler_svc.planner import OVERLOAD_MEMORY_NS
 from scheduler_svc.policy import pick_victim
 from scheduler_svc.request import Branch, Request, RequestStatus
 from scheduler_svc.tests.driver import PLAN_NS, Driver, make_request
@@ -191,6 +192,141 @@ def test_late_ones_wait_for_all_others_and_run_if_there_are_none() -> None:
     driver.submit(4, max_tokens=2)
     assert admitted(driver) == [1, 2, 4, 3]
     assert driver.scheduler.take_expired() == []
+
+
+def miss_a_deadline(driver: Driver, num_plans: int = 40) -> None:
+    """Run a request of twenty tokens through a pause, until its client gives up at its deadline."""
+    missed = driver.submit(4, max_tokens=20, deadline_ns=driver.now_ns + num_plans * PLAN_NS)
+    driver.step()
+    driver.now_ns = missed.deadline_ns
+    driver.step()
+    driver.scheduler.abort(missed)
+
+
+def test_late_ones_enter_while_less_than_half_is_in_use() -> None:
+    driver = Driver(max_num_seqs=4)
+    driver.run(4, max_tokens=20)
+    miss_a_deadline(driver)
+    first = driver.submit(4, max_tokens=30)
+    driver.step()
+    # As above: expected to take longer than it has.
+    early = driver.submit(4, max_tokens=20, deadline_ns=driver.now_ns + 10 * PLAN_NS)
+    driver.step()
+    assert early.place  # beside one of four rows
+    late = driver.submit(4, max_tokens=20, deadline_ns=driver.now_ns + 10 * PLAN_NS)
+    on_time = driver.submit(4, max_tokens=20, deadline_ns=driver.now_ns + 10**9)
+    driver.step()
+    assert late.is_late
+    assert (late.place, on_time.place > 0, first.place) == (0, True, 3)
+    assert [branch.request for branch in driver.scheduler.waiting] == [late]
+
+
+def test_late_ones_wait_where_half_of_the_blocks_are_in_use() -> None:
+    driver = Driver(max_num_seqs=8, num_device_blocks=13)
+    driver.run(4, max_tokens=20)
+    miss_a_deadline(driver)
+    for _ in range(2):
+        driver.submit(12, max_tokens=20)
+    driver.step()
+    late = driver.submit(4, max_tokens=20, deadline_ns=driver.now_ns + 10 * PLAN_NS)
+    driver.step()
+    assert late.is_late
+    assert not late.place
+
+
+def late_one_in_a_full_half(driver: Driver) -> Request:
+    """A late request that meets two of four rows in use."""
+    for _ in range(2):
+        driver.submit(4, max_tokens=25)
+    driver.step()
+    late = driver.submit(4, max_tokens=20, deadline_ns=driver.now_ns + 10 * PLAN_NS)
+    driver.step()
+    assert late.is_late
+    return late
+
+
+def test_late_ones_enter_freely_while_no_deadline_is_missed() -> None:
+    driver = Driver(max_num_seqs=4)
+    driver.run(4, max_tokens=20)
+    assert late_one_in_a_full_half(driver).place
+
+
+def test_a_missed_deadline_keeps_late_ones_out_for_a_time() -> None:
+    driver = Driver(max_num_seqs=4)
+    driver.run(4, max_tokens=20)
+    miss_a_deadline(driver)
+    assert not late_one_in_a_full_half(driver).place
+    driver.run_dry()
+    driver.now_ns += OVERLOAD_MEMORY_NS
+    assert late_one_in_a_full_half(driver).place
+
+
+def with_all_rows_in_use() -> Driver:
+    """A driver that knows a pace, and four requests for its four rows."""
+    driver = Driver(max_num_seqs=4)
+    driver.run(4, max_tokens=20)
+    for _ in range(4):
+        driver.submit(4, max_tokens=40)
+    return driver
+
+
+def test_who_waited_past_its_latest_start_keeps_late_ones_out() -> None:
+    driver = with_all_rows_in_use()
+    driver.step()
+    driver.submit(4, max_tokens=20, deadline_ns=driver.now_ns + 30 * PLAN_NS)
+    driver.run_dry()
+    assert not late_one_in_a_full_half(driver).place
+
+
+def test_a_request_that_became_hopeless_keeps_late_ones_out() -> None:
+    driver = with_all_rows_in_use()
+    driver.step()
+    lost = driver.submit(4, max_tokens=2, deadline_ns=driver.now_ns + 20 * PLAN_NS)
+    driver.now_ns = lost.deadline_ns + 1
+    driver.run_dry()
+    assert driver.scheduler.take_expired() == [lost]
+    assert not late_one_in_a_full_half(driver).place
+
+
+def test_who_is_cancelled_at_its_deadline_while_it_waits_keeps_late_ones_out() -> None:
+    driver = with_all_rows_in_use()
+    driver.submit(4, max_tokens=2)
+    driver.step()
+    lost = driver.submit(4, max_tokens=2, priority=-1, deadline_ns=driver.now_ns + 20 * PLAN_NS)
+    driver.now_ns = lost.deadline_ns
+    driver.step()
+    driver.scheduler.abort(lost)
+    driver.run_dry()
+    assert not late_one_in_a_full_half(driver).place
+
+
+def test_who_was_late_when_it_came_is_no_sign_of_overload() -> None:
+    driver = Driver(max_num_seqs=4)
+    driver.run(4, max_tokens=20)
+    miss_a_deadline(driver, num_plans=10)
+    assert late_one_in_a_full_half(driver).place
+
+
+def test_a_client_that_leaves_early_is_no_sign_of_overload() -> None:
+    driver = Driver(max_num_seqs=4)
+    driver.run(4, max_tokens=20)
+    left = driver.submit(4, max_tokens=20, deadline_ns=driver.now_ns + 100 * PLAN_NS)
+    driver.step()
+    driver.scheduler.abort(left)
+    assert late_one_in_a_full_half(driver).place
+
+
+def test_slack_that_was_gone_at_the_next_plan_is_no_sign_of_overload() -> None:
+    driver = Driver(max_num_seqs=4)
+    driver.run(4, max_tokens=20)
+    driver.submit(4, max_tokens=40)
+    driver.step()
+    request = driver.submit(4, max_tokens=20, deadline_ns=driver.now_ns + 100 * PLAN_NS)
+    driver.now_ns = request.latest_start_ns = request.arrival_ns + 5 * PLAN_NS
+    driver.now_ns += 1
+    driver.run_dry()
+    assert request.is_late
+    assert late_one_in_a_full_half(driver).place
 
 
 def test_nothing_left_but_hopeless_ones_is_nothing_to_plan() -> None:

@@ -236,6 +236,20 @@ def test_a_request_in_flight_at_each_epoch_end_runs_alone_then_fails() -> None:
     assert admitted(driver.plan()) == [other]
 
 
+def test_a_suspect_runs_before_those_that_ran_before_it() -> None:
+    driver = Driver(max_num_batched_tokens=8)
+    first, second = driver.submit(6, max_tokens=30), driver.submit(6, max_tokens=30)
+    for _ in range(2):
+        assert driver.step().num_tokens == 8  # the first's prompt, and a part of the second's
+        driver.plan()
+        driver.begin_epoch()
+    plan = driver.plan()
+    assert admitted(plan) == [second]
+    driver.commit()
+    assert admitted(driver.plan()) == [first]
+    assert second.branches[0].num_suspicions == 0
+
+
 def test_a_search_in_flight_at_four_epoch_ends_fails_whole() -> None:
     driver = Driver()
     search = driver.submit(6, beam=WIDTH_2)
@@ -292,6 +306,15 @@ def test_a_branch_preempted_with_a_token_under_way_is_suspected_too() -> None:
     driver = _with_one_preempted()
     driver.begin_epoch()
     assert [r.branches[0].num_suspicions for r in driver.requests] == [1, 1]
+
+
+def test_who_more_room_would_not_let_in_is_deferred() -> None:
+    driver = _with_one_preempted()  # with a token under way
+    waiting = driver.scheduler.waiting
+    assert (driver.scheduler.num_deferred, len(waiting)) == (1, 1)
+    while driver.scheduler.in_flight:
+        driver.commit()
+    assert (driver.scheduler.num_deferred, len(waiting)) == (0, 1)  # now it is only blocks
 
 
 def test_two_losses_without_progress_do_not_make_service_serial() -> None:

@@ -22,6 +22,7 @@ from scheduler_svc.tests.driver import (
 )
 
 PROMPT = list(range(10, 42))
+AUTO = Policy(PreemptionMode.AUTO)
 
 
 def pressed(
@@ -96,7 +97,28 @@ def test_the_mode_decides_or_the_price(
     assert len(output_ids(younger)) == 20
 
 
+def test_prices_outlive_reports_that_know_none() -> None:
+    driver, _, _ = pressed(AUTO, cost_model=CostModel(token_ns=100.0, swap_bytes_per_s=1e10))
+    driver.scheduler.set_cost_model(CostModel())
+    driver.scheduler.set_cost_model(CostModel(swap_bytes_per_s=1e3))  # measured, but no step yet
+    driver.step()
+    assert modes(driver) == (0, 1)
+
+
 # ---- out and in again
+
+
+def test_a_victim_moves_out_without_a_prefix_cache_too() -> None:
+    """Its blocks are found by itself alone, and nobody's are kept on the host for later."""
+    driver, older, younger = pressed(Policy(PreemptionMode.SWAP, is_caching=False))
+    driver.step()
+    assert modes(driver) == (0, 1)
+    assert resume(driver, older, younger).moves.swap_in
+    driver.run_dry()
+    assert len(output_ids(younger)) == 20
+    counters = driver.scheduler.snapshot().counters
+    assert counters.num_swapped_out == 4
+    assert younger.request.num_cached_tokens == 0
 
 
 def test_what_only_the_victim_holds_moves_out_and_is_pinned() -> None:

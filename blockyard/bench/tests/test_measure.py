@@ -12,7 +12,7 @@ from blockyard.bench.load import LoadError, Target, Watch, run_load
 from blockyard.bench.report import Options, Phase, measure, table
 from blockyard.bench.tests.token_server import token_server
 from blockyard.bench.workload import Workload, WorkloadError, WorkloadSpec, make_workload
-from blockyard.client import BlockyardError
+from blockyard.client import BlockyardError, Endpoint
 
 
 def test_requests_of_several_processes_are_all_sent_once() -> None:
@@ -29,7 +29,7 @@ def test_requests_of_several_processes_are_all_sent_once() -> None:
         return on_progress
 
     with token_server() as server:
-        options = Options(server.address, num_clients=3, num_warm_ups=2)
+        options = Options(Endpoint(server.address), num_clients=3, num_warm_ups=2)
         report = measure(WorkloadSpec("N4", num_requests=8, top_p=0.5), options, begin)
     assert phases == [Phase("warm-up", 2), Phase("N4", 8)]
     assert num_ended == 10
@@ -51,7 +51,7 @@ def test_requests_of_several_processes_are_all_sent_once() -> None:
 
 def test_l_measures_steps_from_two_loads() -> None:
     with token_server(delay_s=0.001) as server:
-        report = measure(WorkloadSpec("L", batch=2), Options(server.address))
+        report = measure(WorkloadSpec("L", batch=2), Options(Endpoint(server.address)))
     assert report.steps is not None
     assert report.prefill is not None
     assert (report.load.num_output_tokens, report.prefill.num_output_tokens) == (514, 2)
@@ -66,7 +66,7 @@ def test_failures_are_counted_and_do_not_stop_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "four.csv"
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,5,9\n0,6,9\n0,7,9\n0,9000,9\n")
     with token_server(failing_length=5, short_length=6) as server:
-        report = measure(WorkloadSpec("trace", path), Options(server.address))
+        report = measure(WorkloadSpec("trace", path), Options(Endpoint(server.address)))
     assert (report.load.num_requests, report.num_failed, report.num_skipped) == (3, 2, 1)
     assert set(report.load.errors) == {
         "INTERNAL: this one fails",
@@ -76,13 +76,13 @@ def test_failures_are_counted_and_do_not_stop_the_rest(tmp_path: Path) -> None:
     shown = table(report)
     assert "1 failed: INTERNAL: this one fails" in shown
     assert "1 requests left out" in shown
-    json.dumps(report.document(WorkloadSpec("trace", path), Options(server.address)))
+    json.dumps(report.document(WorkloadSpec("trace", path), Options(Endpoint(server.address))))
 
 
 def test_what_is_late_fails() -> None:
     workload = make_workload(WorkloadSpec("L", batch=2))
     with token_server(delay_s=0.05) as server:
-        target = Target(server.address, vocab_size=50, time_limit_s=0.3)
+        target = Target(Endpoint(server.address), vocab_size=50, time_limit_s=0.3)
         result = run_load(workload, target)
     assert [request.error for request in result.requests] == [
         "TIME_LIMIT: not complete after 0.3 s"
@@ -93,17 +93,17 @@ def test_requests_that_never_fit(tmp_path: Path) -> None:
     path = tmp_path / "long.csv"
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,9000,9\n")
     with token_server() as server, pytest.raises(WorkloadError, match="larger --max-model-len"):
-        measure(WorkloadSpec("trace", path), Options(server.address))
+        measure(WorkloadSpec("trace", path), Options(Endpoint(server.address)))
 
 
 def test_no_server() -> None:
     workload = make_workload(WorkloadSpec("L", batch=1))
     with pytest.raises(BlockyardError, match="UNAVAILABLE"):
-        run_load(workload, Target("127.0.0.1:1", vocab_size=50))
+        run_load(workload, Target(Endpoint("127.0.0.1:1"), vocab_size=50))
 
 
 def test_a_dead_client_process_is_an_error() -> None:
     workload = make_workload(WorkloadSpec("L", batch=1))
     broken = Workload("broken", workload.trace, "", num_samples=-1)  # max() of no choices
     with token_server() as server, pytest.raises(LoadError, match="died"):
-        run_load(broken, Target(server.address, vocab_size=50))
+        run_load(broken, Target(Endpoint(server.address), vocab_size=50))

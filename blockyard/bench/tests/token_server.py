@@ -25,11 +25,13 @@ class TokenServer(pb_grpc.GenerateServiceServicer):
     short_length: int = 0
     delay_s: float = 0.0  # before each message
     requests: list[pb.GenerateRequest] = field(default_factory=list)
+    metadata: dict[str, str | bytes] = field(default_factory=dict)
 
     def Generate(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
         self.requests.append(request)
+        self.metadata.update(context.invocation_metadata())
         num_prompt_tokens = len(request.token_ids.ids)
         if num_prompt_tokens == self.failing_length:
             context.abort(grpc.StatusCode.INTERNAL, "this one fails")
@@ -57,13 +59,21 @@ class TokenServer(pb_grpc.GenerateServiceServicer):
 
 @contextlib.contextmanager
 def token_server(
-    *, failing_length: int = 0, short_length: int = 0, delay_s: float = 0.0
+    *,
+    failing_length: int = 0,
+    short_length: int = 0,
+    delay_s: float = 0.0,
+    credentials: grpc.ServerCredentials | None = None,
 ) -> Iterator[TokenServer]:
     """Serve until the exit."""
     servicer = TokenServer("", failing_length, short_length, delay_s)
     server = grpc.server(futures.ThreadPoolExecutor(16))
     pb_grpc.add_GenerateServiceServicer_to_server(servicer, server)
-    servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    servicer.address = f"127.0.0.1:{port}"
     server.start()
     try:
         yield servicer

@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import grpc
 import pytest
 
 from blockyard.bench.tests.token_server import token_server
 from blockyard.cli.tests.conftest import Run
+from blockyard.common.tests.authority import Authority
 
 
 def test_figures_are_printed_and_written(run: Run, tmp_path: Path) -> None:
@@ -39,6 +41,24 @@ def test_failures_give_exit_code_1(run: Run) -> None:
     assert outcome.exit_code == 1
     assert "1 failed: INTERNAL: this one fails" in outcome.out
     assert outcome.err.endswith("blockyard: 1 requests failed\n")
+
+
+def test_a_server_with_tls_and_a_token(run: Run, tmp_path: Path) -> None:
+    authority, token = Authority(tmp_path), "alice-0123456789abcdef"
+    pair = authority.issue("server", "127.0.0.1")
+    identity = (pair.key.read_bytes(), pair.cert.read_bytes())
+    (tmp_path / "token").write_text(token)
+    output = tmp_path / "out.json"
+    with token_server(credentials=grpc.ssl_server_credentials([identity])) as server:
+        outcome = run(
+            *("bench", "serve", "--address", server.address, "--workload", "W2"),
+            *("--num-requests", "1", "--ca", str(authority.ca), "--output", str(output)),
+            *("--token-file", str(tmp_path / "token")),
+        )
+    assert outcome.exit_code == 0, outcome.err
+    assert server.metadata["authorization"] == f"Bearer {token}"
+    assert json.loads(output.read_text())["options"]["server"] == server.address
+    assert token not in output.read_text()
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,14 @@ class ScriptedServer(pb_grpc.GenerateServiceServicer):
     address: str = ""
     has_chat_template: bool = True
     requests: list[pb.GenerateRequest] = field(default_factory=list)
+    trace_headers: list[str] = field(default_factory=list)  # of each request; empty: none
+    tokens: list[str] = field(default_factory=list)  # of each call; empty: none
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def Generate(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
-        self.requests.append(request)
-        self._check(request, context)
+        self._begin(request, context)
         context.add_callback(self.cancelled.set)
         yield pb.GenerateResponse(request_id="r1", text="one ", token_ids=[10])
         while request.prompt == "endless" and context.is_active():
@@ -66,8 +67,7 @@ class ScriptedServer(pb_grpc.GenerateServiceServicer):
     def GenerateUnary(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> pb.GenerateUnaryResponse:
-        self.requests.append(request)
-        self._check(request, context)
+        self._begin(request, context)
         text = request.prompt or " ".join(message.content for message in request.chat.messages)
         num_choices = max(1, request.num_samples, request.beam.num_choices)
         choices = [
@@ -86,6 +86,7 @@ class ScriptedServer(pb_grpc.GenerateServiceServicer):
     def GetModel(
         self, request: pb.GetModelRequest, context: grpc.ServicerContext
     ) -> pb.GetModelResponse:
+        self._note_token(context)
         return pb.GetModelResponse(
             name="scripted",
             digest="d",
@@ -98,7 +99,15 @@ class ScriptedServer(pb_grpc.GenerateServiceServicer):
             device="scripted device",
         )
 
-    def _check(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> None:
+    def _note_token(self, context: grpc.ServicerContext) -> None:
+        metadata = dict(context.invocation_metadata())
+        self.tokens.append(str(metadata.get("authorization", "")))
+
+    def _begin(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> None:
+        self.requests.append(request)
+        self._note_token(context)
+        metadata = {key: str(value) for key, value in context.invocation_metadata()}
+        self.trace_headers.append(metadata.get("traceparent", ""))
         if request.prompt == "fail":
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "sampling.top_p: out of range")
         if request.prompt == "slow":
@@ -106,12 +115,18 @@ class ScriptedServer(pb_grpc.GenerateServiceServicer):
 
 
 @contextlib.contextmanager
-def scripted_server(*, has_chat_template: bool = True) -> Iterator[ScriptedServer]:
+def scripted_server(
+    *, has_chat_template: bool = True, credentials: grpc.ServerCredentials | None = None
+) -> Iterator[ScriptedServer]:
     """Serve until the exit."""
     servicer = ScriptedServer(has_chat_template=has_chat_template)
     server = grpc.server(futures.ThreadPoolExecutor(8))
     pb_grpc.add_GenerateServiceServicer_to_server(servicer, server)
-    servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    servicer.address = f"127.0.0.1:{port}"
     server.start()
     try:
         yield servicer

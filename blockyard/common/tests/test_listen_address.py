@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import socket
+import stat
 
+import grpc.aio
 import pytest
 
 from blockyard.common.listen_address import (
     ListenError,
+    bind,
     claim,
     host_port_or_off,
     is_answered,
@@ -92,6 +96,61 @@ def test_other_files_are_not_touched(tmp_path: pathlib.Path) -> None:
     assert path.read_text() == "data"
 
 
-def test_a_missing_directory(tmp_path: pathlib.Path) -> None:
+def test_a_missing_directory_is_made_for_this_user_alone(tmp_path: pathlib.Path) -> None:
+    claim(f"unix:{tmp_path}/new/s")
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+    with pytest.raises(ListenError, match=r"cannot make .* \(No such file or directory\)"):
+        claim(f"unix:{tmp_path}/no/such/s")
+
+
+def test_a_public_address_needs_its_directory(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ListenError, match="does not exist"):
-        claim(f"unix:{tmp_path}/no/s")
+        claim(f"unix:{tmp_path}/no/s", is_private=False)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_directory_that_others_may_write_to(mode: int, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(mode)
+    with pytest.raises(ListenError, match="others may write to the directory"):
+        claim(f"unix:{tmp_path}/shared/s")
+    claim(f"unix:{tmp_path}/shared/s", is_private=False)
+    (tmp_path / "shared").chmod(0o1777)  # as /tmp: nobody can replace what is not theirs
+    claim(f"unix:{tmp_path}/shared/s")
+
+
+def test_a_directory_that_is_somebody_elses(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d").mkdir()
+    monkeypatch.setattr("os.getuid", lambda: 4321)
+    if (tmp_path / "d").stat().st_uid == 0:
+        os.chown(tmp_path / "d", 1234, -1)
+    with pytest.raises(ListenError, match="belongs to another user"):
+        claim(f"unix:{tmp_path}/d/s")
+
+
+@pytest.mark.parametrize(("is_private", "mode"), [(True, 0o600), (False, 0o644)])
+async def test_sockets_are_for_this_user_alone_if_they_are_private(
+    is_private: bool, mode: int, tmp_path: pathlib.Path
+) -> None:
+    before = os.umask(0o133)
+    try:
+        server = grpc.aio.server()
+        bind(server, f"unix:{tmp_path}/s", is_private=is_private)
+        assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == mode
+        assert os.umask(0o133) == 0o133
+        await server.stop(None)
+    finally:
+        os.umask(before)
+
+
+async def test_a_port_in_use(tmp_path: pathlib.Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        with pytest.raises(ListenError, match=f"{address}: cannot listen there"):
+            bind(server, address, is_private=True)
+        await server.stop(None)

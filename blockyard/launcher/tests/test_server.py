@@ -16,10 +16,12 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from blockyard.client import AsyncClient, BlockyardError, Client
-from blockyard.launcher.child import ServeError
+from blockyard.client import AsyncClient, BlockyardError, Client, Tls
+from blockyard.common.tests.authority import Authority
+from blockyard.launcher.child import ChildSpec, ServeError
+from blockyard.launcher.commands import frontend_spec, service_specs
 from blockyard.launcher.config import ServeSettings
-from blockyard.launcher.server import LocalServer, child_specs
+from blockyard.launcher.server import LocalServer
 from blockyard.models import store
 from blockyard.models.tests.tiny_gguf import TinyGguf
 
@@ -39,9 +41,16 @@ def _settings(model: Path, listen: str = "127.0.0.1:0") -> ServeSettings:
     return ServeSettings(model=str(model), listen=listen, kv_memory="16MiB", num_threads=1)
 
 
+def _child_specs(settings: ServeSettings) -> list[ChildSpec]:
+    """Of executor, engine and the first front end."""
+    model, run_dir = Path("model"), Path("run")
+    frontend = frontend_spec(settings, model, run_dir, "127.0.0.1:1", "unix:run/admin.sock", 0)
+    return [*service_specs(settings, model, run_dir), frontend]
+
+
 def _executor_flags(settings: ServeSettings) -> dict[str, str]:
     """Flag -> value; the executor's flags without a value do not count."""
-    executor, *_ = child_specs(settings, Path("model"), Path("run"), "127.0.0.1:1")
+    executor, *_ = _child_specs(settings)
     assert executor.name == "executor"
     words = [word for word in executor.command[3:] if word != "--exit-with-parent"]
     return dict(zip(words[::2], words[1::2], strict=True))
@@ -52,11 +61,30 @@ def test_engine_and_front_ends_are_traced_if_asked() -> None:
         (ServeSettings(), False),
         (ServeSettings(otlp_endpoint="collector:4317", trace_sample_ratio=0.5, frontends=2), True),
     ):
-        _, *others = child_specs(settings, Path("model"), Path("run"), "127.0.0.1:1")
+        _, *others = _child_specs(settings)
         for spec in others:
             flags = " ".join(spec.command)
             wanted = "--otlp-endpoint collector:4317 --trace-sample-ratio 0.5"
             assert (wanted in flags) == is_traced
+
+
+def test_security_settings_reach_the_front_ends() -> None:
+    settings = ServeSettings(
+        tls_cert=Path("c"),
+        tls_key=Path("k"),
+        tls_client_ca=Path("a"),
+        auth_tokens=Path("t"),
+        max_client_streams=3,
+        max_prompt_tokens=5,
+        log_contents=True,
+    )
+    *services, frontend = _child_specs(settings)
+    flags = " ".join(frontend.command)
+    wanted = "--tls-cert c --tls-key k --tls-client-ca a --auth-tokens t"
+    assert f"{wanted} --max-client-streams 3 --max-prompt-tokens 5" in flags
+    for spec in services:
+        assert "--tls-cert" not in spec.command
+    assert all("--log-contents" in spec.command for spec in (*services, frontend))
 
 
 _DEVICE_FLAGS = {"--device", "--load-format", "--gpu-memory-utilization", "--kv-memory"}
@@ -77,7 +105,7 @@ def test_device_settings_reach_the_executor_alone() -> None:
         "--gpu-memory-utilization": "0.85",
         "--kv-memory": "4GiB",
     }
-    for spec in child_specs(settings, Path("model"), Path("run"), "127.0.0.1:1")[1:]:
+    for spec in _child_specs(settings)[1:]:
         assert not set(spec.command) & _DEVICE_FLAGS
 
 
@@ -186,14 +214,14 @@ async def test_a_taken_port_is_a_configuration_error(server: LocalServer, model:
     assert caught.value.exit_code == 2
 
 
-async def test_a_taken_metrics_port_is_a_configuration_error(model: Path) -> None:
+async def test_a_taken_metrics_port_is_told_and_serving_goes_on(model: Path) -> None:
+    lines: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         settings = _settings(model).model_copy(update={"metrics_address": address})
-        with pytest.raises(ServeError, match=rf"{address}.*choose another --metrics-address") as it:
-            async with LocalServer(settings):
-                pass
-    assert it.value.exit_code == 2
+        async with LocalServer(settings, lambda _name, line: lines.append(line)) as server:
+            assert len(await _generate(server.address)) == 8
+    assert any(f"metrics: cannot listen on {address}" in line for line in lines)
 
 
 async def test_memory_too_small_is_a_configuration_error(model: Path) -> None:
@@ -231,11 +259,11 @@ async def test_a_proxy_is_not_asked_for_this_machine(
         assert len(await _generate(server.address)) == 8
 
 
-def _serve(model: Path) -> subprocess.Popen[str]:
+def _serve(model: Path, *more_flags: str) -> subprocess.Popen[str]:
     flags = ["--model", str(model), "--listen", "127.0.0.1:0", "--kv-memory", "16MiB"]
     code = "from blockyard.cli.main import main; raise SystemExit(main())"
     return subprocess.Popen(
-        [sys.executable, "-c", code, "serve", "--num-threads", "1", *flags],
+        [sys.executable, "-c", code, "serve", "--num-threads", "1", *flags, *more_flags],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -266,6 +294,44 @@ def test_killing_the_launcher_leaves_no_orphans(model: Path) -> None:
         time.sleep(0.01)
 
 
+def test_a_signal_replaces_the_front_end_and_its_stream_goes_on(model: Path) -> None:
+    with _serve(model) as launcher:
+        address, pids = _until_ready(launcher)
+        assert launcher.stderr is not None
+        with Client(address) as client:
+            chunks = client.generate("the", temperature=0, max_tokens=100, ignore_eos=True)
+            tokens = list(next(chunks).token_ids)
+            launcher.send_signal(signal.SIGUSR2)
+            for chunk in chunks:
+                tokens += chunk.token_ids
+            assert len(tokens) == 100
+            log = []
+            for line in launcher.stderr:
+                log.append(line)
+                if "rolling restart done" in line:
+                    break
+            assert sum("started frontend" in line for line in log) == 1
+            assert sum(map(_is_running, pids)) == len(pids) - 1
+            assert len(client.complete("the", temperature=0, max_tokens=5).token_ids) <= 5
+        launcher.terminate()
+        launcher.communicate(timeout=30)
+        assert launcher.returncode == 0
+
+
+def test_a_second_signal_ends_all_at_once(model: Path) -> None:
+    with _serve(model, "--lame-duck-s", "30") as launcher:
+        _, pids = _until_ready(launcher)
+        launcher.terminate()
+        time.sleep(0.3)
+        assert all(map(_is_running, pids))
+        begin = time.monotonic()
+        launcher.terminate()
+        launcher.communicate(timeout=30)
+        assert launcher.returncode == 128 + signal.SIGTERM
+        assert time.monotonic() - begin < 5
+    assert not any(map(_is_running, pids))
+
+
 def test_interrupt_lets_streams_finish_in_order(model: Path) -> None:
     with _serve(model) as launcher:
         address, pids = _until_ready(launcher)
@@ -279,3 +345,25 @@ def test_interrupt_lets_streams_finish_in_order(model: Path) -> None:
         launcher.communicate(timeout=30)
         assert launcher.returncode == 0
     assert not any(map(_is_running, pids))
+
+
+async def test_a_server_with_tls_and_tokens(model: Path, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair, own = authority.issue("server", "127.0.0.1"), authority.issue("own", "alice.example")
+    token = "alice-0123456789abcdef"
+    (tmp_path / "tokens").write_text(f"alice {token}\n")
+    secured = {
+        "tls_cert": pair.cert,
+        "tls_key": pair.key,
+        "tls_client_ca": authority.ca,
+        "auth_tokens": tmp_path / "tokens",
+    }
+    tls = Tls(authority.ca, own.cert, own.key)
+    async with LocalServer(_settings(model).model_copy(update=secured)) as server:
+        async with AsyncClient(server.address, tls=tls, token=token) as client:
+            answer = await client.complete(token_ids=[1, 2], max_tokens=2, ignore_eos=True)
+            assert len(answer.choices[0].token_ids) == 2
+        async with AsyncClient(server.address, tls=tls) as other:
+            with pytest.raises(BlockyardError) as caught:
+                await other.model()
+            assert caught.value.reason == "UNAUTHENTICATED"

@@ -84,6 +84,37 @@ def test_quantised_tensors_are_dequantised(kind: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(packed[name], tensor, atol=scale / 7, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("kind", "num_coded"), [("Q4_0", 15), ("Q4_1", 15), ("Q8_0", 15), ("F16", 0)]
+)
+def test_blocks_are_kept_that_decode_to_the_weights(
+    kind: str, num_coded: int, tmp_path: Path
+) -> None:
+    quantisation = gguf.GGMLQuantizationType[kind]
+    model = _imported(TinyGguf(quantisation=quantisation), tmp_path)
+    assert model.codes_file is not None
+    codes = load_file(model.codes_file)
+    weights = load_file(model.path / "model.safetensors")
+    assert len(codes) == num_coded
+    for name, blocks in codes.items():
+        decoded = gguf.quants.dequantize(blocks, quantisation)
+        np.testing.assert_array_equal(decoded, weights[name], err_msg=name)
+
+
+def test_an_import_of_before_gets_its_blocks_when_it_is_used(tmp_path: Path) -> None:
+    tiny = TinyGguf(quantisation=gguf.GGMLQuantizationType.Q8_0)
+    model = _imported(tiny, tmp_path)
+    assert model.codes_file is not None
+    before = model.codes_file.read_bytes()
+    model.codes_file.unlink()
+    assert store.resolve(model.name) == model.path
+    assert model.codes_file.read_bytes() == before
+    model.codes_file.unlink()
+    (tmp_path / "tiny.gguf").unlink()
+    assert store.resolve(model.name) == model.path
+    assert model.codes_file is None
+
+
 def test_llama3_rope_factors_become_rope_scaling(tmp_path: Path) -> None:
     divisors = llama3_divisors(HEAD_DIM, 50000.0, 32.0).astype(np.float32)
     assert divisors[0] == 1.0

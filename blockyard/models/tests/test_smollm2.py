@@ -19,7 +19,7 @@ pytestmark = pytest.mark.model
 def test_import_equals_transformers_tensor_by_tensor(home: Path) -> None:
     start = time.perf_counter()
     path = store.resolve(store.DEFAULT_MODEL, is_quiet=True)
-    assert time.perf_counter() - start < 15
+    assert time.perf_counter() - start < 60
     assert path == home / "models" / store.DEFAULT_MODEL
     source = store._default_source()
     with torch.device("meta"):

@@ -126,13 +126,21 @@ def test_what_happens_to_a_request_are_events(spans: InMemorySpanExporter) -> No
     request.branches[0].num_preemptions += 1
     request.blocks.num_swapped_out += 7
     request.blocks.num_copied += 1
+    request.num_pruned_beams += 2
     tracing.planned(StepPlan(1, 3, freed_rows=[3]), 5)
     request.branches[0].num_recoveries += 1
     tracing.epoch_ended()
     tracing.ended(request)
     events = [event for span in spans.get_finished_spans() for event in span.events]
     counts = {event.name: (event.attributes or {})["blockyard.count"] for event in events}
-    assert counts == {"fork": 1, "preempt": 1, "swap_out": 7, "copy_on_write": 1, "recovery": 1}
+    assert counts == {
+        "fork": 1,
+        "preempt": 1,
+        "swap_out": 7,
+        "copy_on_write": 1,
+        "recovery": 1,
+        "beam_prune": 2,
+    }
 
 
 def test_what_is_kept_of_a_request_is_bounded(spans: InMemorySpanExporter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,25 +51,36 @@ def frontend_settings(directory: Path, **changes: object) -> FrontendSettings:
         "listen": "127.0.0.1:0",
         "model_dir": directory / "model",
         "max_buffered_tokens": 256,
+        "lame_duck_s": 0.0,
         "drain_grace_s": 5.0,
     }
     return FrontendSettings.model_validate(fields | changes)
 
 
+@contextlib.asynccontextmanager
+async def serving(
+    directory: Path, **settings: object
+) -> AsyncIterator[tuple[Frontend, FakeEngine]]:
+    """A ready front end with an engine that waits to be told what to send."""
+    model = model_dir.load(write_model_dir(directory / "model"))
+    async with contextlib.AsyncExitStack() as stack:
+        engine = FakeEngine(unix_address(directory), engine_state())
+        await engine.start()
+        stack.push_async_callback(engine.kill)
+        frontend = Frontend(frontend_settings(directory, **settings), model)
+        await frontend.start()
+        stack.push_async_callback(frontend.close)
+        await until(lambda: frontend.is_ready)
+        yield frontend, engine
+
+
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
-    """A ready front end with an engine that waits to be told what to send."""
-    model = model_dir.load(write_model_dir(tmp_path / "model"))
-    engine = FakeEngine(unix_address(tmp_path), engine_state())
-    await engine.start()
-    frontend = Frontend(frontend_settings(tmp_path), model)
-    await frontend.start()
-    channel = grpc.aio.insecure_channel(f"127.0.0.1:{frontend.port}")
-    stub: generate_pb2_grpc.GenerateServiceAsyncStub
-    stub = generate_pb2_grpc.GenerateServiceStub(channel)
-    await until(lambda: frontend.is_ready)
-    tokenizer = Tokenizer.from_file(str(model.tokenizer_path))
-    yield Service(frontend, engine, channel, stub, tokenizer)
-    await channel.close()
-    await frontend.close()
-    await engine.kill()
+    """The same, and a client."""
+    async with serving(tmp_path) as (frontend, engine):
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{frontend.port}")
+        stub: generate_pb2_grpc.GenerateServiceAsyncStub
+        stub = generate_pb2_grpc.GenerateServiceStub(channel)
+        tokenizer = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+        yield Service(frontend, engine, channel, stub, tokenizer)
+        await channel.close()

@@ -29,6 +29,7 @@ class FakeEngine(pb_grpc.EngineServiceServicer):
         self.hellos: list[pb.Hello] = []
         self.submits: asyncio.Queue[pb.Submit] = asyncio.Queue()
         self.stops: asyncio.Queue[Stop] = asyncio.Queue()
+        self.reports: asyncio.Queue[pb.FrontendMetrics] = asyncio.Queue()
         self._outgoing: list[asyncio.Queue[pb.ConnectResponse | None]] = []
         self._server: grpc.aio.Server | None = None
 
@@ -64,6 +65,8 @@ class FakeEngine(pb_grpc.EngineServiceServicer):
         async for frame in requests:
             for submit in frame.submit.submits:
                 self.submits.put_nowait(submit)
+            if frame.HasField("metrics"):
+                self.reports.put_nowait(frame.metrics)
             stop = frame.stop
             for fields in zip(stop.request_ids, stop.num_output_tokens, stop.branches, strict=True):
                 self.stops.put_nowait(Stop(*fields))

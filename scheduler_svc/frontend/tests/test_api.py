@@ -155,7 +155,7 @@ async def test_cancel_aborts_at_the_engine(service: Service) -> None:
     begin = time.monotonic()
     call.cancel()
     assert await service.engine.next_stop() == Stop(submit.request_id)
-    assert time.monotonic() - begin < 0.5
+    assert time.monotonic() - begin < 2
 
 
 async def test_deadline_reaches_the_engine_and_aborts(

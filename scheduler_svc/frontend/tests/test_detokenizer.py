@@ -137,7 +137,7 @@ def test_cost_per_token_does_not_grow() -> None:
     begin = time.perf_counter()
     text = "".join(increments("fallback", invalid * 100_000))
     assert len(text) == 100_000
-    assert time.perf_counter() - begin < 5
+    assert time.perf_counter() - begin < 10
 
 
 def test_other_decoders_are_refused() -> None:

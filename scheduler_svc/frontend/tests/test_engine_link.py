@@ -51,11 +51,26 @@ async def test_hello_says_who_and_what(service: Service) -> None:
 
 
 async def test_health_names(service: Service) -> None:
-    for name in ("", "blockyard.v1.GenerateService", "liveness"):
+    for name in ("", "blockyard.v1.GenerateService", "liveness", "progress"):
         assert await health(service.channel, name) == SERVING
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await health(service.channel, "nobody")
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_progress_is_apart_from_readiness(service: Service) -> None:
+    stub: Any = health_pb2_grpc.HealthStub(service.channel)
+    watch = stub.Watch(health_pb2.HealthCheckRequest(service="progress"))
+    assert (await watch.read()).status == SERVING
+    service.engine.send_state(engine_state(stalled=True))
+    assert (await watch.read()).status == NOT_SERVING
+    assert await health(service.channel) == SERVING
+    service.engine.send_state(engine_state())
+    assert (await watch.read()).status == SERVING
+    service.engine.send_state(engine_state(ready=False))
+    assert (await watch.read()).status == NOT_SERVING
+    assert await health(service.channel) == NOT_SERVING
+    watch.cancel()
 
 
 async def test_every_watcher_sees_every_change(service: Service) -> None:

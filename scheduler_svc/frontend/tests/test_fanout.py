@@ -11,9 +11,9 @@ from scheduler_svc.frontend import flush_policy
 from scheduler_svc.frontend.choice_output import Chunk
 from scheduler_svc.frontend.fanout import Fanout, Stop
 from scheduler_svc.frontend.flush_policy import FlushPolicy
-from scheduler_svc.frontend.loop_lag import LoopLag
 from scheduler_svc.frontend.output_stream import OutputOptions, OutputStream
 from scheduler_svc.frontend.tests.fake_engine import branch_batch, finished
+from scheduler_svc.telemetry.loop_lag import LoopLag
 
 
 def open_stream(fanout: Fanout, max_buffered_tokens: int | None = 100) -> OutputStream:
@@ -185,8 +185,8 @@ async def test_unknown_rejection_reason_is_internal() -> None:
     assert caught.value.code == grpc.StatusCode.INTERNAL
 
 
-def steady(num_streams: int, gap_s: float) -> FlushPolicy:
-    policy = FlushPolicy()
+def steady(num_streams: int, gap_s: float, *max_interval_s: float) -> FlushPolicy:
+    policy = FlushPolicy(*max_interval_s)
     for step in range(200):
         policy.observe(num_streams, step * gap_s)
     return policy
@@ -200,6 +200,8 @@ def test_policy_merges_only_when_it_must() -> None:
     assert steady(32, 0.002).interval_s(0) == flush_policy.MIN_INTERVAL_S
     assert steady(8, 0.030).interval_s(0.030) == flush_policy.MAX_INTERVAL_S
     assert steady(5000, 0.030).interval_s(1.0) == flush_policy.MAX_INTERVAL_S
+    assert steady(5000, 0.030, 0.012).interval_s(1.0) == 0.012
+    assert steady(5000, 0.030, 0.0).interval_s(1.0) == 0
 
 
 def test_policy_forgets_a_burst() -> None:

@@ -65,6 +65,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     async def start_process(*flags: str, prefix: tuple[str, ...] = ()) -> Process:
         command = [*prefix, sys.executable, "-m", "scheduler_svc.frontend"]
         arguments = ["--engine", unix_address(tmp_path), "--model-dir", str(tmp_path / "model")]
+        arguments += ["--lame-duck-s", "0"]
         process = await asyncio.create_subprocess_exec(
             *command, *arguments, *flags, stderr=asyncio.subprocess.PIPE
         )

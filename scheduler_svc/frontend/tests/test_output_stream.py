@@ -8,10 +8,10 @@ import pytest
 from blockyard.v1 import generate_pb2 as pb
 from scheduler_svc.errors import Reason, RequestError
 from scheduler_svc.frontend.choice_output import Chunk
-from scheduler_svc.frontend.loop_lag import LoopLag
 from scheduler_svc.frontend.output_stream import Output, OutputOptions, OutputStream
 from scheduler_svc.frontend.tests.fake_engine import finished
 from scheduler_svc.frontend.vocabulary import ByteLevelVocabulary
+from scheduler_svc.telemetry.loop_lag import LoopLag
 
 STOP_ID = 256
 

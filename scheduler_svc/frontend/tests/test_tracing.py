@@ -65,8 +65,8 @@ class Server:
 @pytest_asyncio.fixture
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
     spans = InMemorySpanExporter()
-    tracer = TraceExport(SimpleSpanProcessor(spans)).tracer("s", 0.0)
-    server = grpc.aio.server(interceptors=[RpcTracing(tracer, "s")])
+    tracer = TraceExport(SimpleSpanProcessor(spans)).tracer("s", 1.0)
+    server = grpc.aio.server(interceptors=[RpcTracing(tracer, "s", 0.0)])
     stream: Any = grpc.unary_stream_rpc_method_handler(_stream)
     unary: Any = grpc.unary_unary_rpc_method_handler(_unary)
     for service in ("s", "other"):
@@ -126,6 +126,8 @@ async def test_a_cancellation(server: Server) -> None:
 
 async def test_unary_calls_too_and_other_services_not(server: Server) -> None:
     await server.call(b"ok", method="/other/Stream")
+    for _ in range(5):  # without a header the ratio decides, which is 0 here
+        assert await server.channel.unary_unary("/s/Unary")(b"x") == b"x"
     metadata = (("traceparent", PARENT),)
     assert await server.channel.unary_unary("/s/Unary")(b"x", metadata=metadata) == b"x"
     assert (await server.span()).name == "s/Unary"
