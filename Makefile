@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+UNTIMED := integration_tests/untimed blockyard scheduler_svc executor_svc cupy_kernels benchmarks
 PROTOS := $(shell find protos -name '*.proto')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench-cpu bench-control clean
+.PHONY: help install demo mesh-demo test coverage lint format bench-cpu bench-control clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -28,7 +29,14 @@ install: $(VENV)/.stubs ## Create .venv with everything in it; regenerate the pr
 demo: install ## Serve the default model, ask it one question, stream the answer.
 	@$(BIN)/blockyard demo
 
-test: install ## All tests that this machine can run, with a coverage summary.
+mesh-demo: install ## The same behind Envoy, with a collector and Prometheus beside; until Ctrl-C.
+	@$(BIN)/python -m integration_tests.mesh.demo
+
+test: install ## All tests that this machine can run: parts side by side, then the whole, alone.
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(UNTIMED)
+	$(BIN)/python -m pytest integration_tests --ignore=integration_tests/untimed
+
+coverage: install ## The same tests in one process, with a coverage summary; takes twice as long.
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 lint: install ## Formatting, lint, types, protos.

@@ -53,7 +53,7 @@ class Mode:
     name: str
     settings: ServeSettings
     is_sequential: bool = False
-    is_asked_twice: bool = False  # what counts is the second answer, from cached prompts
+    name_again: str = ""  # of the same once more on the same server, with cached prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +92,29 @@ class Outcome:
 
 def modes(model: model_dir.ModelDir, found: Sequence[Reference]) -> list[Mode]:
     """All modes for these requests."""
+    lengths = [len(r.prompt_ids) + len(r.output_ids) for r in found]
+    roomy_pool = roomy_pool_size(model, lengths, element_bytes=4)
 
     def settings(**options: object) -> ServeSettings:
-        common = {"model": str(model.path), "listen": "127.0.0.1:0", "block_size": BLOCK_SIZE}
-        return ServeSettings.model_validate(common | {"num_threads": _NUM_THREADS} | options)
+        common = {
+            "model": str(model.path),
+            "listen": "127.0.0.1:0",
+            "block_size": BLOCK_SIZE,
+            "num_threads": _NUM_THREADS,
+            "kv_memory": roomy_pool,
+            # Not by this machine's speed: it tells how many run at once, and so who gives way.
+            "max_num_batched_tokens": 256,
+        }
+        return ServeSettings.model_validate(common | options)
 
-    lengths = [len(r.prompt_ids) + len(r.output_ids) for r in found]
     small_pool = small_pool_size(model, lengths, element_bytes=4)
     swapping = {"host_memory": "1GiB", "preemption": "swap"}
     return [
         Mode("one at a time", settings(), is_sequential=True),
-        Mode("all together", settings()),
+        Mode("all together", settings(), name_again="asked twice"),
         Mode("budget of 64 tokens", settings(max_num_batched_tokens=64, max_num_seqs=64)),
         Mode("small pool", settings(kv_memory=small_pool, preemption="recompute")),
         Mode("small pool, swapped", settings(kv_memory=small_pool, **swapping)),
-        Mode("asked twice", settings(), is_asked_twice=True),
         Mode("window 1", settings(window=1)),
         Mode("window 3", settings(window=3)),
     ]
@@ -122,15 +130,22 @@ def small_pool_size(model: model_dir.ModelDir, lengths: Sequence[int], element_b
     """
     blocks = [-(-length // BLOCK_SIZE) for length in lengths]
     num_blocks = max(max(blocks) + 2, int(_SMALL_POOL_SHARE * sum(blocks)))
-    return f"{num_blocks * _block_elements(model) * element_bytes}B"
+    return _pool_size(model, num_blocks, element_bytes)
 
 
-def _block_elements(model: model_dir.ModelDir) -> int:
-    """Of one block over all layers, keys and values."""
+def roomy_pool_size(model: model_dir.ModelDir, lengths: Sequence[int], element_bytes: int) -> str:
+    """Memory for all of the requests at once, and as much again; arguments as above."""
+    num_blocks = 2 * sum(-(-length // BLOCK_SIZE) for length in lengths)
+    return _pool_size(model, num_blocks, element_bytes)
+
+
+def _pool_size(model: model_dir.ModelDir, num_blocks: int, element_bytes: int) -> str:
+    """Of so many blocks over all layers, keys and values, as settings have it."""
     config = model.config
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     num_layers, num_kv_heads = config["num_hidden_layers"], config["num_key_value_heads"]
-    return int(2 * num_layers * num_kv_heads * head_dim * BLOCK_SIZE)
+    num_elements = num_blocks * 2 * num_layers * num_kv_heads * head_dim * BLOCK_SIZE
+    return f"{num_elements * element_bytes}B"
 
 
 async def complete(
@@ -169,15 +184,24 @@ async def complete(
     return Completion((choice,), chunk.usage, chunk.request_id)
 
 
-async def run_mode(mode: Mode, prompts: Sequence[Prompt], found: Sequence[Reference]) -> Outcome:
-    """Serve all prompts in one mode and compare. Raises ServeError, BlockyardError."""
+async def run_mode(
+    mode: Mode, prompts: Sequence[Prompt], found: Sequence[Reference]
+) -> list[Outcome]:
+    """Serve all prompts, perhaps twice, and compare. Raises ServeError, BlockyardError."""
+    outcomes = []
     async with LocalServer(mode.settings) as server, AsyncClient(server.address) as client:
-        if mode.is_sequential:
-            answers = [await complete(client, prompt) for prompt in prompts]
-        else:
-            for _ in range(1 + mode.is_asked_twice):
-                answers = await asyncio.gather(*(complete(client, prompt) for prompt in prompts))
-    return judge(mode.name, found, answers)
+        for name in filter(None, (mode.name, mode.name_again)):
+            calls = (
+                complete(client, prompt, len(reference.output_ids))
+                for prompt, reference in zip(prompts, found, strict=True)
+            )
+            if mode.is_sequential:
+                answers = [await call for call in calls]
+            else:
+                answers = await asyncio.gather(*calls)
+            outcomes.append(judge(name, found, answers))
+            print(f"{name}: {len(outcomes[-1].differences)} differences", flush=True)
+    return outcomes
 
 
 def judge(mode: str, found: Sequence[Reference], answers: Sequence[Completion]) -> Outcome:
@@ -226,15 +250,16 @@ async def count_ties(
             )
 
 
-async def compare(model_path: Path, prompts: Sequence[Prompt]) -> tuple[list[Outcome], float]:
+async def compare(
+    model_path: Path, prompts: Sequence[Prompt], num_output_tokens: int = NUM_OUTPUT_TOKENS
+) -> tuple[list[Outcome], float]:
     """Reference, every mode, ties; returns the outcomes and transformers' own noise (logits)."""
     model = model_dir.load(model_path)
     async with hf_peer(model_path, _NUM_THREADS) as peer:
-        found = await references(peer, prompts, NUM_OUTPUT_TOKENS, model.digest)
+        found = await references(peer, prompts, num_output_tokens, model.digest)
     outcomes = []
     for mode in modes(model, found):
-        outcomes.append(await run_mode(mode, prompts, found))
-        print(f"{mode.name}: {len(outcomes[-1].differences)} differences", flush=True)
+        outcomes += await run_mode(mode, prompts, found)
     async with hf_peer(model_path, _NUM_THREADS) as peer:
         noise_level = await noise(peer, found)
         await count_ties(peer, outcomes, found, noise_level)

@@ -21,6 +21,7 @@ from scheduler_svc import plan_codec
 from scheduler_svc.config import EngineSettings
 from scheduler_svc.engine import __main__ as entry
 from scheduler_svc.engine import loop
+from scheduler_svc.engine.executor_limits import limits_of
 from scheduler_svc.engine.link import FrontendLink
 from scheduler_svc.engine.tracing import EngineTracing
 from scheduler_svc.limits import Limits
@@ -142,7 +143,7 @@ class MeasuredEngine(loop.Engine):
     def on_new_epoch(self, epoch: int) -> None:
         """As Engine.on_new_epoch, on a measured scheduler."""
         if self.scheduler is None and self._info is not None:
-            limits = self._limits(self._info)
+            limits = limits_of(self._info, self._settings)
             self.scheduler = MeasuredScheduler(limits, self._policy, self._recorder)
         super().on_new_epoch(epoch)
 

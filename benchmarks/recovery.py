@@ -22,7 +22,7 @@ from typing import Final
 import uvloop
 
 from benchmarks import report
-from benchmarks.correctness import Outcome, complete, count_ties, judge
+from benchmarks.correctness import Outcome, complete, count_ties, judge, roomy_pool_size
 from benchmarks.hf_peer import HfPeer, PeerError, hf_peer
 from benchmarks.hf_reference import Reference, noise, references
 from benchmarks.prompts import Prompt, varied_prompts
@@ -94,8 +94,14 @@ async def disturbed(
     longest_undisturbed_s: float,
 ) -> tuple[Outcome, Disturbance]:
     """Stream all prompts while the killer works. Raises BlockyardError if a stream fails."""
-    settings = ServeSettings(model=str(model.path), listen="127.0.0.1:0", num_threads=_NUM_THREADS)
     num_output_tokens = len(found[0].output_ids)
+    lengths = [len(reference.prompt_ids) + num_output_tokens for reference in found]
+    settings = ServeSettings(
+        model=str(model.path),
+        listen="127.0.0.1:0",
+        num_threads=_NUM_THREADS,
+        kv_memory=roomy_pool_size(model, lengths, element_bytes=4),
+    )
     async with LocalServer(settings) as server, AsyncClient(server.address) as client:
         killer = Killer(server, seed=len(prompts))
         answers = [

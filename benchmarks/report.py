@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from blockyard.bench.environment import machine, versions
+from blockyard.bench.environment import machine, versions, without_folders
 
 ROOT: Final = pathlib.Path(__file__).parent.parent
 RESULTS_DIR: Final = ROOT / "benchmarks" / "results"
@@ -113,7 +113,7 @@ def _command() -> list[str]:
     path = pathlib.Path(script)
     if path.is_absolute() and path.is_relative_to(ROOT):
         script = str(path.relative_to(ROOT))
-    return [script, *(pathlib.Path(a).name if a.startswith("/") else a for a in arguments)]
+    return [script, *map(without_folders, arguments)]
 
 
 def _revision() -> str:

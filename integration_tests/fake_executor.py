@@ -101,7 +101,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--fail-at", type=int, help="this launch is a fault")
     parser.add_argument("--fatal-at", type=int, help="this launch loses the device")
     parser.add_argument("--nan-seeds", type=int, nargs="*", default=[], help="rows that fail alone")
+    parser.add_argument(
+        "--fatal-seeds", type=int, nargs="*", default=[], help="rows that lose the device"
+    )
     parser.add_argument("--no-check-content", action="store_true", help="tokens without any KV")
+    parser.add_argument("--drain-grace-s", type=float, default=0.0)
     parser.add_argument("--exit-with-parent", action="store_true")
     return parser.parse_args(arguments)
 
@@ -129,6 +133,7 @@ def make_runner(flags: argparse.Namespace) -> FakeRunner:
         step_s=flags.step_ms / 1e3,
         failures=failures,
         nan_seeds=frozenset(flags.nan_seeds),
+        fatal_seeds=frozenset(flags.fatal_seeds),
     )
     return FakeRunner(info, options)
 
@@ -140,7 +145,7 @@ def main(arguments: list[str]) -> int:
     if flags.exit_with_parent:
         exit_with_parent()
     try:
-        uvloop.run(serve(make_runner(flags), flags.listen))
+        uvloop.run(serve(make_runner(flags), flags.listen, flags.drain_grace_s))
     except ListenError as error:
         log.error("%s", error)
         return 2

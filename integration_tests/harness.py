@@ -32,14 +32,19 @@ FAKE_DIGEST: Final = "fake"
 _STOP_TIMEOUT_S: Final = 5.0
 
 
-class Process:
-    """A Python module that runs as a process; its output goes to a file."""
+def module_command(module: str, flags: Sequence[object]) -> list[object]:
+    """How to run one of our services; it dies with the test."""
+    return [sys.executable, "-m", module, *flags, "--exit-with-parent"]
 
-    def __init__(self, directory: Path, name: str, module: str, flags: Sequence[object]) -> None:
-        """Nothing is started yet; `flags` are passed as text."""
+
+class Process:
+    """A program that runs as a process; its output goes to a file."""
+
+    def __init__(self, directory: Path, name: str, command: Sequence[object]) -> None:
+        """Nothing is started yet; the words of `command` are passed as text."""
         self.log_path = directory / f"{name}.log"
         self.num_starts = 0
-        self._command = [sys.executable, "-m", module, *map(str, flags), "--exit-with-parent"]
+        self._command = [str(word) for word in command]
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -47,6 +52,11 @@ class Process:
         """Of the process started last."""
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
         """Start it, or start it again."""
@@ -72,6 +82,10 @@ class Process:
     def resume(self) -> None:
         """SIGCONT."""
         os.kill(self.pid, signal.SIGCONT)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
 
     async def stop(self) -> int:
         """SIGTERM, or SIGKILL if that takes too long; returns the exit code."""
@@ -115,24 +129,30 @@ class Processes:
         self.executor = Process(
             directory,
             "executor",
-            "integration_tests.fake_executor",
-            ["--listen", executor_address, *executor_flags],
+            module_command(
+                "integration_tests.fake_executor", ["--listen", executor_address, *executor_flags]
+            ),
         )
         self.engine = Process(
             directory,
             "engine",
-            "scheduler_svc.engine",
-            ["--listen", self.engine_address, "--executor", executor_address, *engine_flags],
+            module_command(
+                "scheduler_svc.engine",
+                ["--listen", self.engine_address, "--executor", executor_address, *engine_flags],
+            ),
         )
         self.frontends: list[Process] = []
 
-    def add_frontend(self, model_path: Path, *more_flags: object) -> tuple[Process, str]:
-        """A front end that is not started yet, and its address."""
-        address = f"unix:{self._directory}/frontend{len(self.frontends)}.sock"
+    def add_frontend(
+        self, model_path: Path, *more_flags: object, listen: str = ""
+    ) -> tuple[Process, str]:
+        """A front end that is not started yet, and its address; without `listen` a socket file."""
+        address = listen or f"unix:{self._directory}/frontend{len(self.frontends)}.sock"
         flags = ["--engine", self.engine_address, "--listen", address, "--model-dir", model_path]
         flags += more_flags
         name = f"frontend{len(self.frontends)}"
-        self.frontends.append(Process(self._directory, name, "scheduler_svc.frontend", flags))
+        command = module_command("scheduler_svc.frontend", flags)
+        self.frontends.append(Process(self._directory, name, command))
         return self.frontends[-1], address
 
     async def stop(self) -> None:
@@ -198,7 +218,7 @@ async def engine_in_process(listen: str, executor: str, **settings: Any) -> Asyn
     engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineServicer(engine), server)
     server.add_insecure_port(listen)
     await server.start()
-    link = asyncio.create_task(engine.client.run())
+    link = asyncio.create_task(engine.run())
     owner = asyncio.current_task()
     assert owner is not None
     # Only a bug ends the link; the test must not go on waiting for what will never come.

@@ -40,6 +40,12 @@ class Stack:
             await asyncio.sleep(0.002)
         return self.runner.plans
 
+    async def settled(self) -> None:
+        """Wait until the result of every plan is committed, of those without rows too."""
+        scheduler = self.engine.scheduler
+        while scheduler is not None and scheduler.in_flight:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.002)
+
 
 @contextlib.asynccontextmanager
 async def stack(

@@ -20,6 +20,7 @@ from integration_tests.reference import reference_output
 VOCAB_SIZE: Final = 400
 NUM_POOL_TOKENS: Final = 8 * 99
 TIMEOUT_S: Final = 60.0
+NUM_WANTED: Final = 80
 
 Sampling, Stop = pb.SamplingParams, pb.StopConditions
 
@@ -60,7 +61,7 @@ async def test_each_has_a_clear_status_and_costs_nobody_anything(tmp_path: Path)
         tmp_path,
         executor_flags=(
             *("--num-device-blocks", NUM_POOL_TOKENS // 8 + 1, "--block-size", 8),
-            *("--max-rows", 16, "--vocab-size", VOCAB_SIZE, "--step-ms", 10),
+            *("--max-rows", 16, "--vocab-size", VOCAB_SIZE, "--step-ms", 50),
         ),
         engine_flags=("--strict",),
     )
@@ -76,7 +77,7 @@ async def test_each_has_a_clear_status_and_costs_nobody_anything(tmp_path: Path)
     ):
         await frontend.start()
         await public.serving()
-        others = [asyncio.create_task(public.generate([n, 7], 80)) for n in range(8)]
+        others = [asyncio.create_task(public.generate([n, 7], NUM_WANTED)) for n in range(8)]
         await engine.snapshot_when(lambda shot: shot.num_running == len(others))
         for fields, message in BAD:
             request = pb.GenerateRequest(**fields)
@@ -93,6 +94,6 @@ async def test_each_has_a_clear_status_and_costs_nobody_anything(tmp_path: Path)
         assert not any(other.done() for other in others), "nobody was left to be disturbed"
         for number, other in enumerate(others):
             answer = await other
-            assert answer.token_ids == reference_output([number, 7], 80, VOCAB_SIZE)
+            assert answer.token_ids == reference_output([number, 7], NUM_WANTED, VOCAB_SIZE)
         shot = await engine.idle()
         assert shot.counters.num_finished == len(others)

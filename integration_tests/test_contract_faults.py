@@ -209,6 +209,20 @@ async def test_a_front_end_that_does_not_fit_is_refused(
         assert message in str(await call.details())
 
 
+async def test_a_report_of_metrics_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    async with stack(tmp_path) as system:
+        call = system.client.stub.Connect()
+        hello = pb.Hello(protocol_version=ENGINE_PROTOCOL_VERSION)
+        wrong = pb.FrontendMetrics(e2e_latency=pb.HistogramIncrease(counts=[1, 2, 3]))
+        await call.write(pb.ConnectRequest(hello=hello))
+        await call.write(pb.ConnectRequest(metrics=wrong))
+        with pytest.raises(grpc.aio.AioRpcError, match="a histogram of 3 buckets") as caught:
+            async for _ in call:
+                pass
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await check_all(await submit_many(system.client, 2))
+
+
 async def test_a_new_engine_waits_for_a_live_one_and_then_gets_a_clean_executor(
     tmp_path: Path,
 ) -> None:

@@ -83,3 +83,5 @@ async def test_a_full_queue_gives_up_who_is_late_first(tmp_path: Path) -> None:
         assert (await late.rejected()).reason == "DEADLINE_UNREACHABLE"
         assert (await refused.rejected()).reason == "QUEUE_FULL"
         await other.finished()
+        await first.finished()
+        assert (await client.idle()).counters.num_expired == 1

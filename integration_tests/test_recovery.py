@@ -175,9 +175,14 @@ async def test_a_killed_engine_ends_streams_and_a_new_one_starts_clean(tmp_path:
         await up.engine.snapshot_when(lambda shot: shot.num_running >= MAX_ROWS // 2)
         epoch = await replaced(up, 0)
         await up.processes.engine.kill()
+        num_lost = 0
         for answer in await streams:
             assert answer.code is grpc.StatusCode.UNAVAILABLE
-            assert "engine was lost" in answer.details
+            # A request that the front end had not handed on yet finds no engine at all.
+            lost = "engine was lost" in answer.details
+            assert lost or ("not ready" in answer.details and not answer.token_ids)
+            num_lost += lost
+        assert num_lost >= MAX_ROWS // 2
         await up.processes.engine.start()
         await up.public.serving()
         answers = await stream_all(up.public)

@@ -3,56 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
 
 from blockyard.v1 import generate_pb2 as pb
-from integration_tests.harness import Processes, fake_model_dir, running, until
+from integration_tests.harness import Processes, until
 from integration_tests.public_client import Answer, PublicClient
 from integration_tests.trace_collector import Span, TraceCollector, covered_share
-
-VOCAB_SIZE: Final = 400
-STEP_S: Final = 0.010
-BUDGET_TOKENS: Final = 64
-MAX_MODEL_LEN: Final = 1000
-TIMEOUT_S: Final = 60.0
-NAN_SEED: Final = 7
-"""Of requests that fail alone."""
-PROMPT: Final = list(range(1, 151))  # three chunks
-
-
-@contextlib.asynccontextmanager
-async def served(
-    directory: Path, endpoint: str, *flags: object
-) -> AsyncIterator[tuple[PublicClient, Processes]]:
-    """Processes that send traces to `endpoint`, and a client."""
-    tracing = ("--otlp-endpoint", endpoint, *flags)
-    processes = Processes(
-        directory,
-        executor_flags=(
-            *("--num-device-blocks", 64, "--num-host-blocks", 64, "--block-size", 8),
-            *("--vocab-size", VOCAB_SIZE, "--max-model-len", MAX_MODEL_LEN),
-            *("--step-ms", STEP_S * 1e3, "--max-num-batched-tokens", BUDGET_TOKENS),
-            *("--nan-seeds", NAN_SEED),
-        ),
-        engine_flags=("--strict", "--preemption", "swap", "--max-waiting", 4, *tracing),
-    )
-    model = fake_model_dir(directory / "model", VOCAB_SIZE)
-    frontend, address = processes.add_frontend(model, *tracing)
-    async with running(processes), PublicClient(address) as client:
-        await frontend.start()
-        await asyncio.wait_for(client.serving(), TIMEOUT_S)
-        yield client, processes
-        assert await frontend.stop() == 0
-        assert await processes.engine.stop() == 0
+from integration_tests.traced_system import (
+    CHUNKS,
+    MAX_MODEL_LEN,
+    NAN_SEED,
+    PROMPT,
+    TIMEOUT_S,
+    traced_system,
+)
 
 
 class Traced:
@@ -102,11 +74,12 @@ class Traced:
 async def traced(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Traced]:
     """Steps are traced too, one in two."""
     directory = tmp_path_factory.mktemp("traced")
-    collector = TraceCollector(directory)
+    collector = TraceCollector(f"unix:{directory}/collector.sock")
     await collector.start()
-    async with served(directory, collector.address, "--trace-sample-ratio", 0.5) as (
+    async with traced_system(directory, collector.address, "--trace-sample-ratio", 0.5) as (
         client,
         processes,
+        _,
     ):
         yield Traced(client, processes, collector)
     await collector.stop()
@@ -140,7 +113,7 @@ async def test_a_prompt_has_a_span_for_each_chunk(traced: Traced) -> None:
     await traced.client.follow(call, Answer())
     spans = await traced.spans(trace_id, "decode", "executor.step")
     chunks = [s for s in traced.collector.of(trace_id) if s.name == "prefill.chunk"]
-    assert [c.attributes["blockyard.num_tokens"] for c in chunks] == [64, 64, 22]
+    assert [c.attributes["blockyard.num_tokens"] for c in chunks] == list(CHUNKS)
     assert {chunk.parent_id for chunk in chunks} == {spans["prefill"].span_id}
     inner = [s for s in traced.collector.of(trace_id) if s.name == "executor.step"]
     assert [span.parent_id for span in inner] == [chunk.span_id for chunk in chunks]
@@ -219,6 +192,7 @@ async def test_branches_fork(traced: Traced, num_choices: int, fields: dict[str,
     assert events.count("fork") >= 2
     assert spans["llm_request"].attributes["blockyard.blocks.copied"] > 0
     assert "copy_on_write" in events
+    assert ("beam_prune" in events) == ("beam" in fields)
 
 
 async def test_steps_are_linked_with_who_joins(traced: Traced) -> None:
@@ -287,7 +261,7 @@ async def test_no_collector_hurts_nobody(tmp_path: Path, is_frozen: bool) -> Non
         endpoint = f"unix:{path}"
     async with (
         asyncio.timeout(TIMEOUT_S),
-        served(tmp_path, endpoint, "--trace-sample-ratio", 1) as (client, _),
+        traced_system(tmp_path, endpoint, "--trace-sample-ratio", 1) as (client, *_),
     ):
         begin = time.monotonic()
         answers = await asyncio.gather(*(client.generate(PROMPT[:20], 20) for _ in range(4)))

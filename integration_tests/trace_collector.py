@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc.aio
@@ -39,9 +38,9 @@ class Span(NamedTuple):
 class TraceCollector(pb_grpc.TraceServiceServicer):
     """Collects in the test's own loop."""
 
-    def __init__(self, directory: Path) -> None:
-        """Listen on a socket in `directory`, once started."""
-        self.address = f"unix:{directory}/collector.sock"
+    def __init__(self, address: str) -> None:
+        """Listen on `address`, once started."""
+        self.address = address
         self.spans: list[Span] = []
         self._server = grpc.aio.server()
         add: Any = pb_grpc.add_TraceServiceServicer_to_server  # has no types

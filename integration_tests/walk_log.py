@@ -90,6 +90,7 @@ class RecordedScheduler(Scheduler):
                 token_ns=prices.token_ns,
                 kv_bytes_per_s=prices.kv_bytes_per_s,
                 swap_bytes_per_s=prices.swap_bytes_per_s,
+                free_tokens=prices.free_tokens,
             )
         )
 

@@ -86,7 +86,7 @@ def test_the_small_pool_holds_any_request_but_not_all() -> None:
     )
     found = [Reference(str(n), [0] * n, [0] * 64) for n in (1, 100, 1500)]
     by_name = {mode.name: mode.settings for mode in modes(model, found)}
-    assert len(by_name) == 8
+    assert len(by_name) == 7
     block_bytes = 2 * 2 * 3 * 16 * 4 * 16
     kv_memory = by_name["small pool"].kv_memory
     assert kv_memory is not None

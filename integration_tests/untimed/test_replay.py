@@ -356,6 +356,7 @@ async def test_the_engine_writes_a_log_that_replays(tmp_path: Path) -> None:
         await refused.rejected()
         await client.flush_cache()
         await client.idle()
+        await system.settled()
         system.engine.close()
         plans = system.runner.plans
     done = replay(path)
