@@ -266,7 +266,7 @@ def samplers(device: Device, _: float) -> tuple[Results, list[Target]]:
             del keep
     return results, [
         Target(f"sample {rows} rows, {name}", results[f"{rows}, {name}"]["us"], "<=", limit, "us")
-        for name in ("greedy", "top_k 50", "top_p 0.95")
+        for name in ("greedy", "temperature 1", "top_k 50", "top_p 0.95")
         for rows, limit in ((1, 12), (64, 30), (256, 80))
     ]
 

@@ -34,7 +34,7 @@ from scheduler_svc.plan_log_reader import PlanLogError, PlanLogReader
 from scheduler_svc.policy import PreemptionMode
 
 MAX_ERROR: Final = 0.10
-_PRICES: Final = ("step_ns", "token_ns", "free_tokens", "kv_bytes_per_s")
+_PRICES: Final = ("step_ns", "token_ns", "free_tokens", "kv_bytes_per_s", "pair_ns")
 
 Json = dict[str, Any]
 
@@ -55,6 +55,7 @@ def setup_of(path: Path) -> Setup:
             cost.kv_bytes_per_s,
             cost.swap_bytes_per_s,
             cost.free_tokens,
+            cost.pair_ns,
         ),
         info.block_bytes // info.block_size,
     )

@@ -158,7 +158,7 @@ def main() -> int:
     print(
         f"\na step {cost.step_ns / _NS_PER_MS:.2f} ms, a token {cost.token_ns / 1e3:.2f} us "
         f"after the first {cost.free_tokens}, "
-        f"KV {cost.kv_bytes_per_s / 1e12:.2f} TB/s; off by {usual:.1%} (median), "
+        f"KV {cost.kv_bytes_per_s / 1e12:.2f} TB/s, a pair {cost.pair_ns:.2f} ns; off by {usual:.1%} (median), "
         f"{worst:.1%} (95th percentile)"
     )
     if flags.profile is not None:
@@ -168,6 +168,7 @@ def main() -> int:
             "kv_bytes_per_s": cost.kv_bytes_per_s,
             "swap_bytes_per_s": 1e9 * flags.swap_gb_per_s,
             "free_tokens": cost.free_tokens,
+            "pair_ns": cost.pair_ns,
             "kv_bytes_per_token": info.block_bytes // info.block_size,
         }
         flags.profile.write_text(json.dumps(profile, indent=1) + "\n", encoding="utf-8")

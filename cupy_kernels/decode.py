@@ -24,7 +24,7 @@ ITEM_INTS: Final = 8
 
 _WARPS: Final = 4
 _WARP_SIZE: Final = 32
-_PLANNER_THREADS: Final = 512
+_PLANNER_THREADS: Final = 256
 
 # Measured on H200 (docs/kernels.md). While little is read, one item per SM at a time fills the
 # memory's bandwidth, and fewer parts are merged sooner.
@@ -136,12 +136,17 @@ class SplitPlanner:
             "min_chunk_tiles": rule.min_tiles,
             "max_chunk_tiles": rule.max_tiles,
         }
-        return Launch(self._kernel, -(-num_rows // _WARP_SIZE), _PLANNER_THREADS, params)
+        return Launch(self._kernel, self._num_blocks(num_rows), _PLANNER_THREADS, params)
 
     def resize(self, launch: Launch, num_rows: int) -> Launch:
         """The launch for another number of rows, at most those that it was packed for."""
         capacity = item_capacity(num_rows, self._shape.num_kv_heads, self._num_sms)
-        return launch.resize(-(-num_rows // _WARP_SIZE), num_rows=num_rows, capacity=capacity)
+        return launch.resize(self._num_blocks(num_rows), num_rows=num_rows, capacity=capacity)
+
+    @staticmethod
+    def _num_blocks(num_rows: int) -> int:
+        """Each warp plans one row."""
+        return -(-num_rows * _WARP_SIZE // _PLANNER_THREADS)
 
 
 def decode_variant(shape: AttentionShape, max_shared_bytes: int) -> Variant:

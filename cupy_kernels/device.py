@@ -12,7 +12,7 @@ from cupy_kernels.launch import Kernel
 from cupy_kernels.nvrtc import CUDA_MAJOR
 from cupy_kernels.source import Variant
 
-_OVERLAP_CAPABILITY: Final = (9, 0)
+_HOPPER: Final = (9, 0)
 # Without an opt-in, static and dynamic shared memory together may take this much.
 _PLAIN_SHARED_BYTES: Final = 48 << 10
 
@@ -74,8 +74,12 @@ class Device:
             if shared_bytes > _PLAIN_SHARED_BYTES // 2:
                 function.max_dynamic_shared_size_bytes = shared_bytes
             address = function.kernel.ptr
-        can_overlap = self.capability >= _OVERLAP_CAPABILITY
-        return Kernel(variant.name, address, variant.params_dtype(), can_overlap, module)
+        return Kernel(variant.name, address, variant.params_dtype(), self.is_hopper, module)
+
+    @property
+    def is_hopper(self) -> bool:
+        """Hopper or newer: launches overlap, blocks of threads can run in clusters."""
+        return self.capability >= _HOPPER
 
 
 def import_cupy() -> Any:

@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from cupy_kernels.errors import LaunchError
 
+# CUlaunchAttributeID.
+_CLUSTER_DIMENSION: Final = 4
 _PROGRAMMATIC_STREAM_SERIALIZATION: Final = 6
 _OUT_OF_MEMORY: Final = 2
 
@@ -27,8 +29,7 @@ class _Attribute(ctypes.Structure):
     _fields_ = (
         ("id", ctypes.c_int),
         ("padding", ctypes.c_int),
-        ("value", ctypes.c_int),
-        ("rest_of_value", ctypes.c_char * 60),
+        ("value", ctypes.c_int * 16),
     )
 
 
@@ -57,7 +58,7 @@ class Kernel:
     name: str
     function: int
     params_dtype: np.dtype[np.void]
-    can_overlap: bool  # with the end of the kernel before it
+    is_hopper: bool  # or newer: overlaps the end of the kernel before it, can run in clusters
     module: Any
 
 
@@ -68,11 +69,13 @@ class Launch:
     """
 
     __slots__ = (
-        "_attribute",
+        "_attributes",
+        "_cluster",
         "_config",
         "_driver_arguments",
         "_grid",
         "_kernel",
+        "_num_attributes",
         "_params",
         "_pointers",
         "_sizes",
@@ -88,22 +91,28 @@ class Launch:
         shared_bytes: int = 0,
     ) -> None:
         """Pack `params`, one value for each field of the kernel's struct."""
-        assert blocks > 0, f"{kernel.name}: nothing to launch"
         assert set(params) == set(kernel.params_dtype.names or ()), (kernel.name, sorted(params))
         self._params: npt.NDArray[np.void] = np.zeros(1, kernel.params_dtype)
         for name, value in params.items():
             self._params[name] = value
         self._pointers = (ctypes.c_void_p * 1)(self._params.ctypes.data)
-        self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        self._attributes = (_Attribute * 2)(
+            _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,)),
+            _Attribute(id=_CLUSTER_DIMENSION, value=(1, 1, 1)),
+        )
         self._config = _Config(
             grid=(blocks, 1, 1),
             block=(threads, 1, 1),
             shared_bytes=shared_bytes,
-            attributes=ctypes.pointer(self._attribute),
-            num_attributes=int(kernel.can_overlap),
+            attributes=self._attributes,
         )
         # Windows into the structs: numpy and ctypes arrays cost ten times as much to write to.
         self._grid = ctypes.c_uint.from_buffer(self._config, _Config.grid.offset)
+        self._num_attributes = ctypes.c_uint.from_buffer(
+            self._config, _Config.num_attributes.offset
+        )
+        cluster_offset = ctypes.sizeof(_Attribute) + _Attribute.value.offset
+        self._cluster = ctypes.c_int.from_buffer(self._attributes, cluster_offset)
         self._stream = ctypes.c_void_p.from_buffer(self._config, _Config.stream.offset)
         self._sizes: dict[str, Any] = {}  # of the parameters that `resize` changes
         self._kernel = kernel
@@ -113,11 +122,20 @@ class Launch:
             ctypes.addressof(self._pointers),
             None,
         )
+        self.resize(blocks)
 
-    def resize(self, blocks: int, **params: float) -> Self:
-        """Change the grid and some parameters of launches from here on; returns the launch."""
+    def resize(self, blocks: int, *, cluster_size: int = 1, **params: float) -> Self:
+        """Change the grid and some parameters of launches from here on; returns the launch.
+
+        With a cluster size above 1, from compute capability 9.0 on, so many neighbouring blocks
+        run together and reach each other's shared memory; it divides the grid.
+        """
         assert blocks > 0, f"{self._kernel.name}: nothing to launch"
+        assert cluster_size == 1 or self._kernel.is_hopper, self._kernel.name
+        assert blocks % cluster_size == 0, (blocks, cluster_size)
         self._grid.value = blocks
+        self._cluster.value = cluster_size
+        self._num_attributes.value = self._kernel.is_hopper + (cluster_size > 1)
         for name, value in params.items():
             self._size(name).value = value
         return self
@@ -125,6 +143,8 @@ class Launch:
     def resize_as(self, other: Self) -> Self:
         """As another launch of the same kernel was resized; returns the launch."""
         self._grid.value = other._grid.value
+        self._cluster.value = other._cluster.value
+        self._num_attributes.value = other._num_attributes.value
         for name, size in other._sizes.items():
             self._size(name).value = size.value
         return self

@@ -11,8 +11,9 @@ from cupy_kernels.shape import ElementType
 from cupy_kernels.source import Variant
 from cupy_kernels.tensors import DeviceTensor, address
 
-_THREADS: Final = 1024
+_THREADS: Final = 512
 _VECTOR: Final = 8  # logits in 16 bytes
+_MAX_CLUSTER_SIZE: Final = 8  # blocks of threads per row
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Sample:
     def __init__(self, device: Device, element: ElementType) -> None:
         """Load the kernel."""
         self._element = element
+        self._num_sms = device.num_sms if device.is_hopper else 0
         self._kernel = device.load(sample_variant(element))
 
     def pack(
@@ -93,14 +95,26 @@ class Sample:
             "vocab_size": vocab_size,
             "stride": stride,
         }
-        return Launch(self._kernel, num_rows, _THREADS, params)
+        return self._shape(Launch(self._kernel, num_rows, _THREADS, params), num_rows)
 
     def resize(
         self, launch: Launch, num_rows: int, token_ids: DeviceTensor, status: DeviceTensor
     ) -> Launch:
         """The launch for fewer rows or more, and other results, at most as many as packed for."""
-        return launch.resize(
-            num_rows,
-            token_ids=address(token_ids, "int32", None),
-            status=address(status, "int32", None),
-        )
+        results = {
+            "token_ids": address(token_ids, "int32", None),
+            "status": address(status, "int32", None),
+        }
+        return self._shape(launch, num_rows, **results)
+
+    def _shape(self, launch: Launch, num_rows: int, **params: int) -> Launch:
+        """A row gets as many SMs as there are to spare, up to eight; a pair of blocks until then.
+
+        An SM holds two blocks, but larger clusters do not share SMs well.
+        """
+        size = _MAX_CLUSTER_SIZE
+        while size > 2 and num_rows * size > self._num_sms:
+            size //= 2
+        if num_rows > self._num_sms:
+            size = 1
+        return launch.resize(num_rows * size, cluster_size=size, **params)

@@ -16,6 +16,9 @@ WINDOW_STEPS: Final = 256
 MIN_STEPS: Final = 32
 """Fewer say nothing."""
 
+NUM_FEATURES: Final = 5
+"""See step_features."""
+
 _FREE_TOKENS: Final = (0, 64, 128, 192, 224, 256, 288, 320)
 """What is tried for CostModel.free_tokens."""
 
@@ -26,8 +29,8 @@ class StepSamples:
     def __init__(self, info: RunnerInfo) -> None:
         self._info = info
         self._swap_bytes_per_s = info.swap_bytes_per_s
-        # [step, (1, tokens, context bytes, swapped bytes, ns)]; a row is written in one go.
-        self._samples = np.zeros((WINDOW_STEPS, 5))
+        # [step, (*step_features, ns)]; a row is written in one go.
+        self._samples = np.zeros((WINDOW_STEPS, NUM_FEATURES + 1))
         self._num_steps = 0
         self._known = pb.CostModel()
 
@@ -50,7 +53,7 @@ class StepSamples:
         """
         samples = self._samples[: self._num_steps].copy()
         if _tells_prices(samples[:, 1]):
-            found = fit_steps(samples[:, :4], samples[:, 4])
+            found = fit_steps(samples[:, :NUM_FEATURES], samples[:, NUM_FEATURES])
             if found.token_ns:
                 found.swap_bytes_per_s = found.swap_bytes_per_s or self._known.swap_bytes_per_s
                 self._known = found
@@ -68,22 +71,25 @@ def _tells_prices(tokens: np.ndarray) -> bool:
 
 def step_features(
     info: RunnerInfo, plan: Plan, batch: StepBatch
-) -> tuple[float, float, float, float]:
-    """What a step's time depends on: 1, tokens, bytes of context read, bytes swapped."""
+) -> tuple[float, float, float, float, float]:
+    """What a step's time depends on: 1, tokens, bytes of context read, bytes swapped, pairs."""
     context_tokens = int((batch.num_computed_tokens + batch.num_scheduled_tokens).sum())
     swapped_blocks = plan.swap_out.src.size + plan.swap_in.src.size
+    new = batch.num_scheduled_tokens[batch.num_decode_rows :].astype(np.float64)
+    old = batch.num_computed_tokens[batch.num_decode_rows :]
     return (
         1.0,
         batch.token_ids.size,
         context_tokens * info.block_bytes / info.block_size,
         swapped_blocks * info.block_bytes,
+        float((new * old + new * (new + 1) / 2).sum()),
     )
 
 
 def fit_steps(
     features: np.ndarray, times_ns: np.ndarray, weights: np.ndarray | None = None
 ) -> pb.CostModel:
-    """Prices for step_features [n, 4] and times [n]; see StepSamples.fit.
+    """Prices for step_features [n, NUM_FEATURES] and times [n]; see StepSamples.fit.
 
     weights [n] are of the squares of the relative errors; None: all the same.
     """
@@ -100,9 +106,10 @@ def fit_steps(
 
 
 def predict_ns(cost: pb.CostModel, features: np.ndarray) -> np.ndarray:
-    """Times [n] of steps with step_features [n, 4]."""
+    """Times [n] of steps with step_features [n, NUM_FEATURES]."""
     rates = (cost.kv_bytes_per_s, cost.swap_bytes_per_s)
-    prices = [cost.step_ns, cost.token_ns, *(1e9 / rate if rate else 0.0 for rate in rates)]
+    per_byte = (1e9 / rate if rate else 0.0 for rate in rates)
+    prices = [cost.step_ns, cost.token_ns, *per_byte, cost.pair_ns]
     times_ns: np.ndarray = _priced(features, cost.free_tokens) @ np.array(prices)
     return times_ns
 
@@ -117,13 +124,14 @@ def _fit_with(
     features: np.ndarray, times_ns: np.ndarray, roots: np.ndarray, free_tokens: int
 ) -> pb.CostModel:
     prices = _fit_non_negative(_priced(features, free_tokens), times_ns, roots)
-    step_ns, token_ns, context_ns, swap_ns = prices
+    step_ns, token_ns, context_ns, swap_ns, pair_ns = prices
     return pb.CostModel(
         step_ns=step_ns,
         token_ns=token_ns,
         kv_bytes_per_s=1e9 / context_ns if context_ns else 0.0,
         swap_bytes_per_s=1e9 / swap_ns if swap_ns else 0.0,
         free_tokens=free_tokens,
+        pair_ns=pair_ns,
     )
 
 

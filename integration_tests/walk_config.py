@@ -82,6 +82,7 @@ def random_prices(rng: random.Random) -> CostModel:
         token_ns=1e4,
         kv_bytes_per_s=rng.choice([0.0, 1e4, 1e8]),
         swap_bytes_per_s=rng.choice([0.0, 1e2, 1e8]),
+        pair_ns=rng.choice([0.0, 10.0, 1e3]),
     )
 
 

@@ -91,6 +91,7 @@ class RecordedScheduler(Scheduler):
                 kv_bytes_per_s=prices.kv_bytes_per_s,
                 swap_bytes_per_s=prices.swap_bytes_per_s,
                 free_tokens=prices.free_tokens,
+                pair_ns=prices.pair_ns,
             )
         )
 

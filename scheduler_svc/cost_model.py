@@ -14,23 +14,37 @@ class CostModel:
     kv_bytes_per_s: float = 0.0
     swap_bytes_per_s: float = 0.0
     free_tokens: int = 0
+    pair_ns: float = 0.0
 
     @property
     def has_step_prices(self) -> bool:
         """Whether anything is known of a step without swaps."""
         return bool(self.step_ns or self.token_ns or self.kv_bytes_per_s)
 
-    def step_time_ns(self, num_tokens: int, context_bytes: float, swapped_bytes: float) -> float:
+    def step_time_ns(
+        self, num_tokens: int, context_bytes: float, swapped_bytes: float, num_pairs: float = 0
+    ) -> float:
         """Predicted device time of one step.
 
         Args:
             num_tokens: scheduled in the step.
             context_bytes: KV that its rows read, each row's whole context once.
             swapped_bytes: moved between device and host, both ways.
+            num_pairs: see causal_pairs; of rows with several new tokens.
         """
         total_ns = self.step_ns + self.token_ns * max(0, num_tokens - self.free_tokens)
+        total_ns += self.pair_ns * num_pairs
         if self.kv_bytes_per_s:
             total_ns += context_bytes / self.kv_bytes_per_s * 1e9
         if self.swap_bytes_per_s:
             total_ns += swapped_bytes / self.swap_bytes_per_s * 1e9
         return total_ns
+
+    def prefill_time_ns(self, num_tokens: int, num_tokens_before: int = 0) -> float:
+        """Predicted device time of a prompt's tokens behind so many cached ones, and no others."""
+        return self.step_time_ns(num_tokens, 0, 0, causal_pairs(num_tokens, num_tokens_before))
+
+
+def causal_pairs(num_tokens: int, num_tokens_before: int) -> int:
+    """Pairs of a new token and one it attends to: itself, the new ones before it, all the old."""
+    return num_tokens * num_tokens_before + num_tokens * (num_tokens + 1) // 2

@@ -86,7 +86,7 @@ class Lifecycle:
             return request.arrival_ns + MAX_OVERTAKEN_NS
         service_ns = max(
             self.pace.expected_ns(request.max_total_tokens - request.num_prompt_tokens),
-            self.cost_model.step_time_ns(request.num_prompt_tokens, 0, 0),
+            self.cost_model.prefill_time_ns(request.num_prompt_tokens),
         )
         return request.deadline_ns - int(service_ns)
 

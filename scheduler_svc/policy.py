@@ -6,7 +6,7 @@ import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from scheduler_svc.cost_model import CostModel
+from scheduler_svc.cost_model import CostModel, causal_pairs
 from scheduler_svc.limits import Limits
 from scheduler_svc.request import Branch, Request
 
@@ -81,6 +81,7 @@ def _recompute_ns(
     """Time of computing the blocks' tokens in chunks beside other rows, without fixed costs."""
     num_tokens = num_blocks * limits.block_size
     total_ns = num_tokens * cost.token_ns
+    total_ns += causal_pairs(num_tokens, num_tokens_before) * cost.pair_ns
     if cost.kv_bytes_per_s:
         num_chunks = -(-num_tokens // limits.max_num_batched_tokens)
         mean_context = num_tokens_before + num_tokens * (num_chunks + 1) / (2 * num_chunks)

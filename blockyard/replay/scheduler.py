@@ -121,7 +121,7 @@ class SchedulerReplay:
         elif isinstance(event, pb.CostModel):
             rates = (event.kv_bytes_per_s, event.swap_bytes_per_s)
             scheduler.set_cost_model(
-                CostModel(event.step_ns, event.token_ns, *rates, event.free_tokens)
+                CostModel(event.step_ns, event.token_ns, *rates, event.free_tokens, event.pair_ns)
             )
         elif isinstance(event, engine_pb2.FlushCacheRequest):
             scheduler.flush_cache()

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import pydantic
 
-from scheduler_svc.cost_model import CostModel
+from scheduler_svc.cost_model import CostModel, causal_pairs
 from scheduler_svc.step_plan import StepPlan, StepTokens
 
 OUTPUT_TOKEN_ID: Final = 0
@@ -32,6 +33,7 @@ class _ProfileFile(pydantic.BaseModel):
     kv_bytes_per_s: float = pydantic.Field(gt=0)
     swap_bytes_per_s: float = pydantic.Field(default=0.0, ge=0)
     free_tokens: int = pydantic.Field(default=0, ge=0)
+    pair_ns: float = pydantic.Field(default=0.0, ge=0)
     kv_bytes_per_token: int = pydantic.Field(gt=0)
 
 
@@ -110,22 +112,28 @@ class SimulatedDevice:
         plan = self._queue[0][0]
         return plan.num_decode_rows < len(plan.rows)
 
-    def send(self, plan: StepPlan, num_context_tokens: int, now_ns: int) -> None:
-        """Queue a plan whose rows attend to `num_context_tokens` in all, the new ones included."""
-        duration_ns = self._duration_ns(plan, num_context_tokens)
+    def send(self, plan: StepPlan, contexts: npt.NDArray[np.int32], now_ns: int) -> None:
+        """Queue a plan whose rows attend to so many tokens, their new ones included [num_rows]."""
+        duration_ns = self._duration_ns(plan, contexts)
         self._free_at_ns = max(self._free_at_ns, now_ns) + duration_ns
         self.busy_ns += duration_ns
         self.num_tokens_in_flight += plan.num_tokens
         self._queue.append((plan, self._free_at_ns))
 
-    def _duration_ns(self, plan: StepPlan, num_context_tokens: int) -> int:
+    def _duration_ns(self, plan: StepPlan, contexts: npt.NDArray[np.int32]) -> int:
         num_swapped = len(plan.moves.swap_out) + len(plan.moves.swap_in)
         if not len(plan.rows) and not num_swapped:
             return 0  # it only frees rows
-        context_bytes = num_context_tokens * self._profile.kv_bytes_per_token
-        swapped_bytes = num_swapped * self._block_bytes
-        cost = self._profile.cost
-        return max(1, round(cost.step_time_ns(plan.num_tokens, context_bytes, swapped_bytes)))
+        prefills = zip(
+            plan.num_scheduled_tokens, contexts[plan.num_decode_rows :].tolist(), strict=True
+        )
+        duration_ns = self._profile.cost.step_time_ns(
+            plan.num_tokens,
+            int(contexts.sum()) * self._profile.kv_bytes_per_token,
+            num_swapped * self._block_bytes,
+            sum(causal_pairs(num_new, context - num_new) for num_new, context in prefills),
+        )
+        return max(1, round(duration_ns))
 
     def take_result(self) -> StepTokens:
         """The result of the oldest plan, which must have ended."""

@@ -161,8 +161,7 @@ class _Overload:
                 self._drop(request)
             if plan is None:
                 return
-            num_context_tokens = int(scheduler.rows.num_planned[plan.rows].sum())
-            self._device.send(plan, num_context_tokens, self._now_ns)
+            self._device.send(plan, scheduler.rows.num_planned[plan.rows], self._now_ns)
 
     def _commit(self) -> None:
         for finished in self._scheduler.commit(self._device.take_result()).finished:

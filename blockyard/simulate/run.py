@@ -153,8 +153,7 @@ class _Simulation:
             plan = self.scheduler.plan(_CLOCK_START_NS + self.now_ns)
             if plan is None:
                 return
-            num_context_tokens = int(self.scheduler.rows.num_planned[plan.rows].sum())
-            self.device.send(plan, num_context_tokens, self.now_ns)
+            self.device.send(plan, self.scheduler.rows.num_planned[plan.rows], self.now_ns)
             self.num_steps += 1
 
     def _next_event_ns(self) -> int | None:

@@ -31,6 +31,56 @@ __device__ __forceinline__ void release_successor() {
 #endif
 }
 
+// The blocks of threads that run together on neighbouring SMs and reach each other's shared memory;
+// one alone before compute capability 9.0. Such memory may be touched once all have started, which
+// a cluster_sync tells, and until its owner has passed another one.
+__device__ __forceinline__ int cluster_rank() {
+  uint32 rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return static_cast<int>(rank);
+}
+
+__device__ __forceinline__ int cluster_size() {
+  uint32 size = 1;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return static_cast<int>(size);
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// Where the block of threads with `rank` has what `local` points to in this one's shared memory.
+template <class Value>
+__device__ __forceinline__ Value* in_block(Value* local, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64 address;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(local), "r"(rank));
+  return reinterpret_cast<Value*>(address);
+#else
+  return local;
+#endif
+}
+
 __device__ __forceinline__ uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }
@@ -38,6 +88,12 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -81,6 +137,14 @@ __device__ __forceinline__ void copy_async_16(uint32 target, const void* source,
                                               uint64 cache_policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;"
                ::"r"(target), "l"(source), "l"(cache_policy)
+               : "memory");
+}
+
+// The same for 4 or 8 bytes, which other threads may read soon.
+template <int bytes>
+__device__ __forceinline__ void copy_async(void* target, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(target)),
+               "l"(source), "n"(bytes)
                : "memory");
 }
 

@@ -1,7 +1,7 @@
-// A row of logits under one block of 1,024 threads. Logits have 16 bits; as keys, integers in the
-// same order, they can be bisected exactly. Needs device.cuh, element.cuh and block_reduce.cuh.
+// A row of logits under a cluster of blocks of threads, whose warps take turns of 32 vectors.
+// Logits have 16 bits; as keys, integers in the same order, they can be bisected exactly. Needs
+// device.cuh, element.cuh, block_reduce.cuh and cluster_exchange.cuh.
 
-constexpr int kThreads = 1024;
 constexpr int kVector = 8;  // logits read at once
 constexpr float kGreatestFinite = 3.4028234e38f, kLeastFinite = -kGreatestFinite;
 constexpr uint32 kExponentBits = ELEMENT_BF16 ? 0x7f80u : 0x7c00u;
@@ -19,9 +19,9 @@ struct Row {
 
 // What the first pass finds.
 struct Highest {
+  bool is_finite;  // there is no NaN and no Inf
   uint32 key;
-  int id;            // the lowest that has it
-  uint32 share_key;  // of the highest logit in this thread's share; 0 if that is empty
+  int id;  // the lowest that has it
 };
 
 // Integers in the order of the logits; -0 equals 0.
@@ -34,20 +34,28 @@ __device__ __forceinline__ float value_of(uint32 key) {
   return low_element(key & 0x8000u ? key ^ 0x8000u : 0xffffu - key);
 }
 
+// The first of this thread's vectors, and how far its next one is.
+__device__ __forceinline__ int first_vector() {
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  return (warp * cluster_size() + cluster_rank()) * kWarpSize + lane;
+}
+
+__device__ __forceinline__ int vector_step() { return kThreads * cluster_size(); }
+
 // Calls visit(id of its first logit, vector) for this thread's vectors of the row, in order, with
 // `batch` of them under way. What lies behind the vocabulary is the lowest finite number.
 template <int batch, class Visit>
 __device__ __forceinline__ void for_each_vector(const Row& row, Visit visit) {
-  const int num_vectors = (row.vocab_size + kVector - 1) / kVector;
-  for (int first = threadIdx.x; first < num_vectors; first += batch * kThreads) {
+  const int num_vectors = (row.vocab_size + kVector - 1) / kVector, step = vector_step();
+  for (int first = first_vector(); first < num_vectors; first += batch * step) {
     Vector16 vectors[batch];
 #pragma unroll
     for (int k = 0; k < batch; k++) {
-      if (first + k * kThreads < num_vectors) vectors[k] = row.vectors[first + k * kThreads];
+      if (first + k * step < num_vectors) vectors[k] = row.vectors[first + k * step];
     }
 #pragma unroll
     for (int k = 0; k < batch; k++) {
-      const int id = (first + k * kThreads) * kVector;
+      const int id = (first + k * step) * kVector;
       if (id >= row.vocab_size) break;
       if (id + kVector > row.vocab_size) {
 #pragma unroll
@@ -76,8 +84,10 @@ __device__ __forceinline__ float highest_of(const Vector16& vector) {
   return fmaxf(low_element(pair), high_element(pair));
 }
 
-// False if there is a NaN or Inf.
-__device__ bool find_highest(const Row& row, Highest& highest, WarpResults& results) {
+// Leaves the key of the highest logit in each thread's share in `share_keys`, 0 if that is empty.
+__device__ __forceinline__ Highest find_highest(const Row& row,
+                                                unsigned short (&share_keys)[kThreads],
+                                                WarpResults& results, Exchange& exchange) {
   float best = kLeastFinite;
   int first = -1;
   uint32 greatest = kLowestBits * 0x10001u, least = (kLowestBits & 0x7fffu) * 0x10001u;
@@ -99,16 +109,21 @@ __device__ bool find_highest(const Row& row, Highest& highest, WarpResults& resu
     is_finite &= (greatest >> shift & kExponentBits) != kExponentBits;
     is_finite &= (least >> shift & kExponentBits) != kExponentBits;
   }
-  highest.share_key = first < 0 ? 0 : key_of(pack_elements(best, 0) & 0xffffu);
-  highest.key = block_max(highest.share_key, results);
+  const uint32 share_key = first < 0 ? 0 : key_of(pack_elements(best, 0) & 0xffffu);
+  share_keys[threadIdx.x] = static_cast<unsigned short>(share_key);
   uint32 id = 0xffffffffu;
-  if (highest.share_key == highest.key) {
+  if (first >= 0) {
     const Vector16 vector = row.vectors[first / kVector];
 #pragma unroll
     for (int i = kVector - 1; i >= 0; i--) {
-      if (key_of(bits_at(vector, i)) == highest.key) id = first + i;
+      if (key_of(bits_at(vector, i)) == share_key) id = first + i;
     }
   }
-  highest.id = ~block_max(~id, results);
-  return __syncthreads_and(is_finite);
+  // What is not finite is higher than all else.
+  const uint32 high = is_finite ? share_key : 0x10000u;
+  uint64 top = block_max(uint64{high} << 32 | ~id, results);
+  const Message* messages = exchange.all({top, 0});
+  for_each_message(messages, [&](const Message& message) { top = max(top, message.first); });
+  const uint32 key = static_cast<uint32>(top >> 32);
+  return {key <= 0xffffu, key, static_cast<int>(~static_cast<uint32>(top))};
 }

@@ -75,6 +75,21 @@ def test_tokens_that_cost_nothing_are_found() -> None:
     assert model.token_ns == pytest.approx(TOKEN_NS, rel=0.02)
 
 
+def test_the_price_of_pairs_is_found() -> None:
+    """Long prompts take more than their tokens."""
+    rng = random.Random(5)
+    samples = StepSamples(INFO)
+    pair_ns = 3.0
+    for _ in range(WINDOW_STEPS):
+        tokens, before = rng.choice([1, 500, 2000, 8000]), rng.choice([0, 1000, 4000])
+        plan, batch, step_ns = step(tokens, tokens + before)
+        num_pairs = sum(before + new for new in range(1, tokens + 1))
+        samples.add(plan, batch, int(step_ns + pair_ns * num_pairs))
+    model = samples.fit()
+    assert model.pair_ns == pytest.approx(pair_ns, rel=0.01)
+    assert model.token_ns == pytest.approx(TOKEN_NS, rel=0.02)
+
+
 def test_equal_steps_tell_no_price() -> None:
     samples = StepSamples(INFO)
     for i in range(WINDOW_STEPS):
@@ -127,7 +142,7 @@ def test_no_price_is_negative() -> None:
         samples.add(plan, batch, rng.randrange(1_000, 1_000_000))
     model = samples.fit()
     prices = (model.step_ns, model.token_ns, model.kv_bytes_per_s, model.swap_bytes_per_s)
-    assert min(prices) >= 0
+    assert min(*prices, model.pair_ns) >= 0
 
 
 def test_empty_batches_say_nothing() -> None:

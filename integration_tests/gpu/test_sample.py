@@ -266,8 +266,18 @@ def test_a_token_depends_on_its_own_row_only(device: Device, chosen: dict[str, A
     tokens = Draw(logits, 128256, positions=positions, **chosen).tokens(device)
     for row in range(10, 300):
         assert tokens[row] == tokens[row % 10]
-    alone = Draw(logits[:1], 128256, positions=[0], **chosen).tokens(device)
-    assert alone == tokens[:1]
+    # Fewer rows get more SMs each.
+    for num_rows in (1, 10, 24, 50):
+        few = Draw(logits[:num_rows], 128256, positions=positions[:num_rows], **chosen)
+        assert few.tokens(device) == tokens[:num_rows]
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.97])
+def test_a_flat_row_does_not_depend_on_its_batch_either(device: Device, top_p: float) -> None:
+    logits = random_logits(1, 49152, 0.5).repeat(140, 1)
+    tokens = Draw(logits, 49152, top_p=top_p).tokens(device)
+    for num_rows in (1, 20, 40):
+        assert Draw(logits[:num_rows], 49152, top_p=top_p).tokens(device) == tokens[:num_rows]
 
 
 def test_tokens_come_as_often_as_they_should(device: Device) -> None:

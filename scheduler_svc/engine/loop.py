@@ -156,6 +156,7 @@ class Engine:
                     cost_model.kv_bytes_per_s,
                     cost_model.swap_bytes_per_s,
                     cost_model.free_tokens,
+                    cost_model.pair_ns,
                 )
             )
 

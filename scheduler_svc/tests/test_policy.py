@@ -84,6 +84,18 @@ def test_a_long_context_makes_recomputing_dear() -> None:
     assert should_swap(PreemptionMode.AUTO, cost, LIMITS, 1, 1_000_000)
 
 
+def test_many_pairs_make_recomputing_dear() -> None:
+    """The same for a device whose attention is bound by computing."""
+    cost = CostModel(token_ns=100.0, pair_ns=0.01, swap_bytes_per_s=1.2e9)
+    assert not should_swap(PreemptionMode.AUTO, cost, LIMITS, 1, 0)
+    assert should_swap(PreemptionMode.AUTO, cost, LIMITS, 1, 1_000)
+
+
+def test_a_prompt_costs_its_tokens_and_their_pairs() -> None:
+    """Three tokens behind ten attend to 11, 12 and 13."""
+    assert CostModel(5.0, 2.0, pair_ns=1.0).prefill_time_ns(3, 10) == pytest.approx(11.0 + 36.0)
+
+
 @pytest.mark.parametrize("swap_bytes_per_s", [0.0, 1e12])
 def test_a_fixed_mode_asks_no_price(swap_bytes_per_s: float) -> None:
     cost = CostModel(token_ns=100.0, swap_bytes_per_s=swap_bytes_per_s)
@@ -98,10 +110,11 @@ def test_a_fixed_mode_asks_no_price(swap_bytes_per_s: float) -> None:
         (CostModel(step_ns=5.0, token_ns=2.0), 25.0),
         (CostModel(5.0, 2.0, kv_bytes_per_s=1e9), 25.0 + 300.0),
         (CostModel(5.0, 2.0, 1e9, swap_bytes_per_s=1e8), 25.0 + 300.0 + 400.0),
+        (CostModel(5.0, 2.0, pair_ns=0.5), 25.0 + 60.0),
     ],
 )
 def test_a_step_costs_the_sum_of_what_is_known(cost: CostModel, expected: float) -> None:
-    assert cost.step_time_ns(10, 300.0, 40.0) == pytest.approx(expected)
+    assert cost.step_time_ns(10, 300.0, 40.0, num_pairs=120) == pytest.approx(expected)
 
 
 # ---- the queue

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from blockyard.simulate.device import (
@@ -88,17 +89,21 @@ def plan(step_id: int, num_rows: int = 2, **fields: Any) -> StepPlan:
     return StepPlan(1, step_id, rows=rows, sampling_rows=rows, num_decode_rows=num_rows, **fields)
 
 
+def contexts(*num_tokens: int) -> npt.NDArray[np.int32]:
+    return np.array(num_tokens, np.int32)
+
+
 def test_plans_run_one_after_another(tmp_path: Path) -> None:
     gpu = device(tmp_path)
     assert not len(gpu)
-    gpu.send(plan(1), num_context_tokens=1000, now_ns=5)
+    gpu.send(plan(1), contexts(600, 400), now_ns=5)
     first_end_ns = 5 + 1_000_000 + 2 * 1000 + 1000 * 100
     assert gpu.next_end_ns == first_end_ns
-    gpu.send(plan(2), num_context_tokens=0, now_ns=7)
+    gpu.send(plan(2), contexts(0, 0), now_ns=7)
     assert gpu.take_result().step_id == 1
     assert gpu.next_end_ns == first_end_ns + 1_002_000
     assert gpu.take_result().token_ids.shape == (2,)
-    gpu.send(plan(3), num_context_tokens=0, now_ns=10**9)
+    gpu.send(plan(3), contexts(0, 0), now_ns=10**9)
     assert gpu.next_end_ns == 10**9 + 1_002_000
     assert gpu.busy_ns == 3 * 1_002_000 + 100_000
 
@@ -106,14 +111,23 @@ def test_plans_run_one_after_another(tmp_path: Path) -> None:
 def test_moves_take_time_and_freeing_rows_does_not(tmp_path: Path) -> None:
     gpu = device(tmp_path)
     moves = Moves(swap_out=[(1, 1)], swap_in=[(2, 2), (3, 3)])
-    gpu.send(plan(1, moves=moves), num_context_tokens=0, now_ns=0)
+    gpu.send(plan(1, moves=moves), contexts(0, 0), now_ns=0)
     assert gpu.next_end_ns == 1_002_000 + 3 * BLOCK_BYTES
     gpu.take_result()
-    gpu.send(plan(2, num_rows=0, freed_rows=[1]), num_context_tokens=0, now_ns=10**9)
+    gpu.send(plan(2, num_rows=0, freed_rows=[1]), contexts(), now_ns=10**9)
     assert gpu.next_end_ns == 10**9
+
+
+def test_prefills_are_charged_for_their_pairs() -> None:
+    """3 new tokens behind 5 attend to 6 + 7 + 8; a decode row reads its context and no more."""
+    gpu = SimulatedDevice(DeviceProfile("dear", CostModel(pair_ns=100.0), 1), BLOCK_BYTES)
+    rows = np.arange(2)
+    both = StepPlan(1, 1, rows=rows, num_decode_rows=1, num_scheduled_tokens=[3])
+    gpu.send(both, contexts(1000, 8), now_ns=0)
+    assert gpu.next_end_ns == 2100
 
 
 def test_no_step_is_over_at_once() -> None:
     gpu = SimulatedDevice(DeviceProfile("fast", CostModel(token_ns=0.01), 1), BLOCK_BYTES)
-    gpu.send(plan(1), num_context_tokens=0, now_ns=5)
+    gpu.send(plan(1), contexts(0, 0), now_ns=5)
     assert gpu.next_end_ns == 6
