@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -137,6 +137,36 @@ def fit(info: RunnerInfo, steps: Sequence[Step]) -> tuple[pb.CostModel, np.ndarr
     return cost, predict_ns(cost, features) / times - 1
 
 
+def round_trip_ns(events: Iterable[object]) -> float:
+    """Time from a plan to its result less the device's, of steps with nothing before them.
+
+    The scheduler plans again as soon as a result is there. The median; 0 without such steps.
+    """
+    found = []
+    called_ns = sent_ns = 0
+    num_in_flight = lone_step = 0
+    device_ns: int | None = None  # of a lone step, until the plan after its result
+    for event in events:
+        if isinstance(event, log_pb.PlanCall):
+            called_ns = event.now_ns
+            if device_ns is not None:
+                found.append(called_ns - sent_ns - device_ns)
+                device_ns = None
+        elif isinstance(event, pb.StepPlan):
+            if not num_in_flight:
+                sent_ns, lone_step = called_ns, event.step_id
+            num_in_flight += 1
+        elif isinstance(event, pb.StepResult):
+            num_in_flight -= 1
+            took_ns = event.timings.forward_ns + event.timings.sample_ns
+            if event.step_id == lone_step and took_ns:
+                device_ns = took_ns
+        elif isinstance(event, log_pb.EpochBegin):
+            num_in_flight = lone_step = 0
+            device_ns = None
+    return max(0.0, float(np.median(found))) if found else 0.0
+
+
 def main() -> int:
     """Print, and write the profile if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_log", description=__doc__)
@@ -158,7 +188,8 @@ def main() -> int:
     print(
         f"\na step {cost.step_ns / _NS_PER_MS:.2f} ms, a token {cost.token_ns / 1e3:.2f} us "
         f"after the first {cost.free_tokens}, "
-        f"KV {cost.kv_bytes_per_s / 1e12:.2f} TB/s, a pair {cost.pair_ns:.2f} ns; off by {usual:.1%} (median), "
+        f"KV {cost.kv_bytes_per_s / 1e12:.2f} TB/s, a pair {cost.pair_ns:.2f} ns; "
+        f"off by {usual:.1%} (median), "
         f"{worst:.1%} (95th percentile)"
     )
     if flags.profile is not None:
@@ -170,6 +201,7 @@ def main() -> int:
             "free_tokens": cost.free_tokens,
             "pair_ns": cost.pair_ns,
             "kv_bytes_per_token": info.block_bytes // info.block_size,
+            "round_trip_ns": round_trip_ns(PlanLogReader(flags.logs)),
         }
         flags.profile.write_text(json.dumps(profile, indent=1) + "\n", encoding="utf-8")
     return 0

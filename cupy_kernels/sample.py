@@ -50,7 +50,7 @@ class Sample:
     def __init__(self, device: Device, element: ElementType) -> None:
         """Load the kernel."""
         self._element = element
-        self._num_sms = device.num_sms if device.is_hopper else 0
+        self._num_sms = device.num_sms if device.is_hopper else 0  # that can run clusters
         self._kernel = device.load(sample_variant(element))
 
     def pack(
@@ -108,13 +108,17 @@ class Sample:
         return self._shape(launch, num_rows, **results)
 
     def _shape(self, launch: Launch, num_rows: int, **params: int) -> Launch:
-        """A row gets as many SMs as there are to spare, up to eight; a pair of blocks until then.
-
-        An SM holds two blocks, but larger clusters do not share SMs well.
-        """
-        size = _MAX_CLUSTER_SIZE
-        while size > 2 and num_rows * size > self._num_sms:
-            size //= 2
-        if num_rows > self._num_sms:
-            size = 1
+        size = cluster_size(num_rows, self._num_sms)
         return launch.resize(num_rows * size, cluster_size=size, **params)
+
+
+def cluster_size(num_rows: int, num_sms: int) -> int:
+    """Blocks of threads for each row, on so many SMs that can run clusters.
+
+    Eight or four as long as each gets an SM for itself; two also where they must share one, which
+    larger clusters do badly; one if there are more rows than SMs.
+    """
+    size = _MAX_CLUSTER_SIZE
+    while size > 2 and num_rows * size > num_sms:
+        size //= 2
+    return size if num_rows <= num_sms else 1

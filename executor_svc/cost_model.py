@@ -17,6 +17,7 @@ MIN_STEPS: Final = 32
 """Fewer say nothing."""
 
 NUM_FEATURES: Final = 5
+TOKENS, PAIRS = 1, 4
 """See step_features."""
 
 _FREE_TOKENS: Final = (0, 64, 128, 192, 224, 256, 288, 320)
@@ -49,11 +50,12 @@ class StepSamples:
         the price of a step from the price of its tokens: then the last prices found count, which
         are zero at first. Likewise one without swaps does not change their price. Where swaps run
         beside the steps, whose times then do not tell of them, their price is what was measured at
-        start.
+        start. Pairs have their price only from prompts of different lengths; else the last one
+        counts.
         """
         samples = self._samples[: self._num_steps].copy()
-        if _tells_prices(samples[:, 1]):
-            found = fit_steps(samples[:, :NUM_FEATURES], samples[:, NUM_FEATURES])
+        if _tells_prices(samples[:, TOKENS]):
+            found = self._fit(samples[:, :NUM_FEATURES], samples[:, NUM_FEATURES])
             if found.token_ns:
                 found.swap_bytes_per_s = found.swap_bytes_per_s or self._known.swap_bytes_per_s
                 self._known = found
@@ -62,6 +64,30 @@ class StepSamples:
         if self._swap_bytes_per_s:
             cost.swap_bytes_per_s = self._swap_bytes_per_s
         return cost
+
+    def _fit(self, features: np.ndarray, times_ns: np.ndarray) -> pb.CostModel:
+        if _tells_pairs(features):
+            found = fit_steps(features, times_ns)
+            if found.token_ns:
+                return found
+        pair_ns = self._known.pair_ns
+        rest_ns = np.maximum(times_ns - pair_ns * features[:, PAIRS], times_ns / 10)
+        features[:, PAIRS] = 0
+        found = fit_steps(features, rest_ns)
+        found.pair_ns = pair_ns
+        return found
+
+
+def _tells_pairs(features: np.ndarray) -> bool:
+    """Whether large steps, of step_features [n], differ in how many pairs they have for a token.
+
+    Small ones have few of both, whatever their price is.
+    """
+    steps = features[
+        (features[:, PAIRS] > 0) & (features[:, TOKENS] >= features[:, TOKENS].max() / 4)
+    ]
+    per_token = steps[:, PAIRS] / steps[:, TOKENS]
+    return per_token.size >= MIN_STEPS // 4 and bool(per_token.max() >= 2 * per_token.min())
 
 
 def _tells_prices(tokens: np.ndarray) -> bool:
@@ -94,7 +120,7 @@ def fit_steps(
     weights [n] are of the squares of the relative errors; None: all the same.
     """
     roots = np.ones(len(times_ns)) if weights is None else np.sqrt(weights)
-    tokens = features[:, 1]
+    tokens = features[:, TOKENS]
     # Free tokens can be told only if some steps have far more.
     candidates = [free for free in _FREE_TOKENS if free <= tokens.max() / 2]
     fits = [_fit_with(features, times_ns, roots, free) for free in candidates]
@@ -116,7 +142,7 @@ def predict_ns(cost: pb.CostModel, features: np.ndarray) -> np.ndarray:
 
 def _priced(features: np.ndarray, free_tokens: int) -> np.ndarray:
     priced = features.copy()
-    priced[:, 1] = np.maximum(priced[:, 1] - free_tokens, 0)
+    priced[:, TOKENS] = np.maximum(priced[:, TOKENS] - free_tokens, 0)
     return priced
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -84,16 +85,7 @@ class RecordedScheduler(Scheduler):
 
     def _log_prices(self) -> None:
         prices = self._prices
-        self.log.cost_model(
-            pb.CostModel(
-                step_ns=prices.step_ns,
-                token_ns=prices.token_ns,
-                kv_bytes_per_s=prices.kv_bytes_per_s,
-                swap_bytes_per_s=prices.swap_bytes_per_s,
-                free_tokens=prices.free_tokens,
-                pair_ns=prices.pair_ns,
-            )
-        )
+        self.log.cost_model(pb.CostModel(**dataclasses.asdict(prices)))
 
     def flush_cache(self) -> tuple[int, int]:
         """See Scheduler."""

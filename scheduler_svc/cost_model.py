@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
+
+from blockyard.executor.v1 import executor_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,18 @@ class CostModel:
     swap_bytes_per_s: float = 0.0
     free_tokens: int = 0
     pair_ns: float = 0.0
+
+    @classmethod
+    def of(cls, message: executor_pb2.CostModel) -> Self:
+        """The same prices as the executor sent."""
+        return cls(
+            step_ns=message.step_ns,
+            token_ns=message.token_ns,
+            kv_bytes_per_s=message.kv_bytes_per_s,
+            swap_bytes_per_s=message.swap_bytes_per_s,
+            free_tokens=message.free_tokens,
+            pair_ns=message.pair_ns,
+        )
 
     @property
     def has_step_prices(self) -> bool:
@@ -40,9 +55,9 @@ class CostModel:
             total_ns += swapped_bytes / self.swap_bytes_per_s * 1e9
         return total_ns
 
-    def prefill_time_ns(self, num_tokens: int, num_tokens_before: int = 0) -> float:
-        """Predicted device time of a prompt's tokens behind so many cached ones, and no others."""
-        return self.step_time_ns(num_tokens, 0, 0, causal_pairs(num_tokens, num_tokens_before))
+    def prefill_time_ns(self, num_tokens: int) -> float:
+        """Predicted device time of a prompt alone."""
+        return self.step_time_ns(num_tokens, 0, 0, causal_pairs(num_tokens, 0))
 
 
 def causal_pairs(num_tokens: int, num_tokens_before: int) -> int:

@@ -261,7 +261,7 @@ class Planner:
         """Time of the prefill of what is not cached, if nothing else ran; 0: no price is known."""
         num_cached = len(self._kv.find(branch)) * self._kv.block_size
         num_tokens = max(1, branch.request.num_prompt_tokens - num_cached)
-        return self._life.cost_model.prefill_time_ns(num_tokens, num_cached)
+        return self._life.cost_model.step_time_ns(num_tokens, 0, 0)  # a lower bound: no pairs
 
     def _admit(self) -> None:
         """Let waiting branches in, in order, as far as rows, budget and blocks allow."""

@@ -119,10 +119,7 @@ class SchedulerReplay:
         elif isinstance(event, pb.StepResult):
             self._forget(scheduler.commit(plan_codec.decode(event)).finished)
         elif isinstance(event, pb.CostModel):
-            rates = (event.kv_bytes_per_s, event.swap_bytes_per_s)
-            scheduler.set_cost_model(
-                CostModel(event.step_ns, event.token_ns, *rates, event.free_tokens, event.pair_ns)
-            )
+            scheduler.set_cost_model(CostModel.of(event))
         elif isinstance(event, engine_pb2.FlushCacheRequest):
             scheduler.flush_cache()
 

@@ -24,7 +24,7 @@ class ProfileError(Exception):
 
 
 class _ProfileFile(pydantic.BaseModel):
-    """The JSON object of a device profile: the fields of CostModel, and the size of KV."""
+    """The JSON object of a device profile: the fields of CostModel and those of DeviceProfile."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -35,15 +35,25 @@ class _ProfileFile(pydantic.BaseModel):
     free_tokens: int = pydantic.Field(default=0, ge=0)
     pair_ns: float = pydantic.Field(default=0.0, ge=0)
     kv_bytes_per_token: int = pydantic.Field(gt=0)
+    round_trip_ns: float = pydantic.Field(default=0.0, ge=0)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """What a model on a device costs. `kv_bytes_per_token` counts all layers, keys and values."""
+    """What a model on a device costs.
+
+    Attributes:
+        name: of the device.
+        cost: of its steps.
+        kv_bytes_per_token: all layers, keys and values.
+        round_trip_ns: from a plan to its result, less the step, if nothing hides it: that is, no
+            step before it.
+    """
 
     name: str
     cost: CostModel
     kv_bytes_per_token: int
+    round_trip_ns: float = 0.0
 
 
 PRESETS: Final = {
@@ -82,8 +92,8 @@ def load_profile(name: str) -> DeviceProfile:
         raise ProfileError(f"{name}: {place}: {problem['msg']}") from error
     except (ValueError, TypeError) as error:
         raise ProfileError(f"{name}: not a JSON object: {error}") from error
-    kv_bytes_per_token = fields.pop("kv_bytes_per_token")
-    return DeviceProfile(Path(name).stem, CostModel(**fields), kv_bytes_per_token)
+    others = {name: fields.pop(name) for name in ("kv_bytes_per_token", "round_trip_ns")}
+    return DeviceProfile(Path(name).stem, CostModel(**fields), **others)
 
 
 class SimulatedDevice:
@@ -115,7 +125,8 @@ class SimulatedDevice:
     def send(self, plan: StepPlan, contexts: npt.NDArray[np.int32], now_ns: int) -> None:
         """Queue a plan whose rows attend to so many tokens, their new ones included [num_rows]."""
         duration_ns = self._duration_ns(plan, contexts)
-        self._free_at_ns = max(self._free_at_ns, now_ns) + duration_ns
+        reached_ns = now_ns + round(self._profile.round_trip_ns)
+        self._free_at_ns = max(self._free_at_ns, reached_ns) + duration_ns
         self.busy_ns += duration_ns
         self.num_tokens_in_flight += plan.num_tokens
         self._queue.append((plan, self._free_at_ns))

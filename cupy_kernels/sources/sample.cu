@@ -10,10 +10,11 @@
 // the n-th highest of those bounds a set of at least n tokens, seldom of many more. These are
 // gathered in shared memory by a second pass, which also sums the weights of the row, and all the
 // rest happens there, in every block of the cluster alike: each warp tries another threshold, as
-// barriers are what takes the time. Only if they are too light for top-p, or too many to fit, does
-// bisection read the whole row again for each bit. Who sums what depends on
-// the size of the cluster, and the order in which tokens are gathered is left to chance, so weights
-// are summed as integers of 2^-40: a row's token depends neither on its batch nor on luck.
+// barriers are what takes the time. If they are too light for top-p, more are gathered once; if
+// they still are, or are too many to fit, bisection reads the whole row again for each bit. Who
+// sums what depends on the size of the cluster, and the order in which tokens are gathered is left
+// to chance, so weights are summed as integers: a row's token depends neither on its batch nor on
+// luck.
 
 #include "device.cuh"
 #include "element.cuh"
@@ -46,9 +47,10 @@ struct SampleParams {
 constexpr int kCapacity = 2560;  // gathered tokens of a row
 // How many tokens to gather for top-p, where ids say nothing about likelihood: a first try and a
 // second one.
-constexpr float kFewTokens = 700, kManyTokens = 1900;
-constexpr int kUnitBits = 40;     // weights are counted in units of 2^-40,
-constexpr int kGatheredBits = 32;  // those of single tokens in units of 2^-32
+constexpr float kFewTokens = 350, kManyTokens = 1900;
+constexpr uint32 kNearKeys = 4912;  // as many as a search finds its way through in three rounds
+constexpr int kUnitBits = 40;   // the weight of a row is counted in units of 2^-40,
+constexpr int kTokenBits = 32;  // that of a token in units of 2^-32
 constexpr float kMaxGumbel = 23.f;  // -log(-log(u)) of the greatest u is less
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -74,7 +76,7 @@ struct Shared {
   Inboxes inboxes;
   Chosen chosen;
   float to_beat;
-  union {
+  union {  // of the highest logit in each thread's share; two are read at once
     unsigned short share_keys[kThreads];
     uint32 share_key_pairs[kThreads / 2];
   };
@@ -97,14 +99,17 @@ struct Sum {
   }
 };
 
-__device__ __forceinline__ Sum cluster_sum(const Sum& sum, Exchange& exchange) {
-  const Message* messages = exchange.all({static_cast<uint64>(sum.count), sum.weight});
+__device__ __forceinline__ Sum total_of(const Message* messages) {
   Sum total = {0, 0};
   for_each_message(messages, [&](const Message& message) {
     total.count += static_cast<int>(message.first);
     total.weight += message.second;
   });
   return total;
+}
+
+__device__ __forceinline__ Sum cluster_sum(const Sum& sum, Exchange& exchange) {
+  return total_of(exchange.all({static_cast<uint64>(sum.count), sum.weight}));
 }
 
 // How far a logit lies below the highest, in units of the temperature: 0 or less. Scores count from
@@ -114,32 +119,32 @@ __device__ __forceinline__ float score_of(const Row& row, float value) {
   return (value - row.highest) / row.temperature;
 }
 
-// exp(score), by a product instead of the quotient.
-__device__ __forceinline__ float weight_of(const Row& row, float value) {
-  return exp2_approx((value - row.highest) * row.scale_log2);
+// The score in base 2, by a product instead of the quotient.
+__device__ __forceinline__ float score_log2(const Row& row, float value) {
+  return (value - row.highest) * row.scale_log2;
 }
 
-__device__ __forceinline__ uint64 units_of(float weight) {
+__device__ __forceinline__ float weight_of(const Row& row, float value) {
+  return exp2_approx(score_log2(row, value));
+}
+
+// The weight of a vector's tokens. What lies behind the vocabulary is the lowest finite number and
+// weighs nothing, but for a row that has no higher one.
+__device__ __forceinline__ uint64 weight_of_vector(const Row& row, const Vector16& vector) {
+  float weight = 0;
+#pragma unroll
+  for (int i = 0; i < kVector; i++) weight += weight_of(row, value_at(vector, i));
   return __float2ull_rn(weight * static_cast<float>(uint64{1} << kUnitBits));
 }
 
-// The weight of a vector's tokens, or of those with values from `least` on; what lies behind the vocabulary must
-// weigh nothing or be less.
-template <bool has_least>
-__device__ __forceinline__ uint64 weight_of_vector(const Row& row, const Vector16& vector,
-                                                   float least) {
-  float weight = 0;
-#pragma unroll
-  for (int i = 0; i < kVector; i++) {
-    const float value = value_at(vector, i);
-    if (!has_least || value >= least) weight += weight_of(row, value);
-  }
-  return units_of(weight);
+// The weight of one token; that of the highest is rounded down.
+__device__ __forceinline__ uint32 weight_of_token(const Row& row, float value) {
+  return __float2uint_rn(weight_of(row, value) * static_cast<float>(uint64{1} << kTokenBits));
 }
 
-// The tokens of the whole row. `above`: how many have a key from `pivot` on, their weight. `search`:
-// the greatest key in [low, high] from which on they are as many and as heavy as wanted; `low` must
-// be such a key. All threads of the cluster call them.
+// The tokens of the whole row. `above`: how many have a key from `pivot` on, and their weight.
+// `search`: the greatest key in [low, high] from which on they are as many and as heavy as wanted;
+// `low` must be such a key, or lie below all. All threads of the cluster call them.
 struct WholeRow {
   const Row& row;
   Shared& shared;
@@ -165,13 +170,16 @@ struct WholeRow {
       if (highest_of(vector) < least) return;
 #pragma unroll
       for (int i = 0; i < kVector; i++) {
-        count += value_at(vector, i) >= least && id + i < row.vocab_size;
+        const float value = value_at(vector, i);
+        if (value < least || id + i >= row.vocab_size) continue;
+        count++;
+        weight += weight_of_token(row, value);
       }
-      weight += weight_of_vector<true>(row, vector, least);
     });
     uint32 sums[3] = {count, 0, 0};
     block_sums(sums, shared.warps);
-    return cluster_sum({static_cast<int>(sums[0]), block_sum(weight, shared.warps)}, exchange);
+    const uint64 total = block_sum(weight, shared.warps) << (kUnitBits - kTokenBits);
+    return cluster_sum({static_cast<int>(sums[0]), total}, exchange);
   }
 };
 
@@ -199,7 +207,7 @@ struct Gathered {
     weight = (uint64{__reduce_add_sync(kFullWarp, high)} << kPartBits) +
              __reduce_add_sync(kFullWarp, low);
     return {static_cast<int>(__reduce_add_sync(kFullWarp, count)),
-            weight << (kUnitBits - kGatheredBits)};
+            weight << (kUnitBits - kTokenBits)};
   }
 };
 
@@ -215,7 +223,7 @@ __device__ const Message* gather(const Row& row, uint32 pivot, bool has_total, S
   const float least = value_of(pivot);
   uint64 total = 0;
   for_each_vector<4>(row, [&](int id, const Vector16& vector) {
-    if (has_total) total += weight_of_vector<false>(row, vector, 0);
+    if (has_total) total += weight_of_vector(row, vector);
     if (highest_of(vector) < least) return;
     uint32 hits = 0;
 #pragma unroll
@@ -247,11 +255,9 @@ __device__ void collect(const Row& row, Shared& shared, const Message* counts) {
   const int* ids = in_block(shared.ids, rank);
   for (int i = threadIdx.x % threads; i < count; i += threads) {
     const uint32 key = keys[i];
-    const float weight = weight_of(row, value_of(key));
     shared.all_keys[place + i] = static_cast<unsigned short>(key);
     shared.all_ids[place + i] = ids[i];
-    shared.all_weights[place + i] =
-        __float2uint_rn(weight * static_cast<float>(uint64{1} << kGatheredBits));  // saturates
+    shared.all_weights[place + i] = weight_of_token(row, value_of(key));
   }
   __syncthreads();
 }
@@ -308,14 +314,10 @@ __device__ uint64 draw_gathered(const Row& row, const Random& random, float leas
   return best;
 }
 
-// With u the uniform number of a word, -log(-log(u)) is at most -log(1 - u), and from u = 1/2 on at
-// least that minus (1 - u). In base 2, and in units of 2^-32 of 1 - u.
-__device__ __forceinline__ float score_log2(const Row& row, float value) {
-  return (value - row.highest) * row.scale_log2;
-}
-
 // A total that some token from `least` on reaches, in base 2, or `to_beat`: of four tokens of each
-// thread.
+// thread. With u the uniform number of a word, -log(-log(u)) is at most -log(1 - u), and from
+// u = 1/2 on at least that minus 1 - u. Totals that matter are above -38, where what is approximate
+// is off by 1e-5, far less than the 0.02 allowed here and the 2 % in `draw_from_row`.
 __device__ float reached_log2(const Row& row, const Random& random, float least, float to_beat,
                               Shared& shared) {
   float reached = to_beat * kLog2E;
@@ -374,7 +376,7 @@ __device__ uint32 bound(const Shared& shared, uint32 highest, int count) {
   for (int k = 0; k < kPairs; k++) {
     pairs[k] = shared.share_key_pairs[k * kWarpSize + threadIdx.x % kWarpSize];
   }
-  return block_search(kLowestKey, highest, [&](uint32 key) {
+  const auto reaches = [&](uint32 key) {
     uint32 found = 0;
 #pragma unroll
     for (int k = 0; k < kPairs; k++) {
@@ -382,7 +384,9 @@ __device__ uint32 bound(const Shared& shared, uint32 highest, int count) {
       found += pairs[k] >> 16 >= key;
     }
     return static_cast<int>(__reduce_add_sync(kFullWarp, found)) >= count;
-  });
+  };
+  const bool is_near = highest > kLowestKey + kNearKeys && reaches(highest - kNearKeys);
+  return block_search(is_near ? highest - kNearKeys : kLowestKey, highest, reaches);
 }
 
 // Of so many threads of a block the shares hold one of `num_tokens` tokens scattered over the row.
@@ -416,18 +420,14 @@ __device__ __forceinline__ Kept keep(const Row& row, const Highest& highest,
       pivot = min(pivot, static_cast<uint32>(message.first));
     });
     const Message* counts = gather(row, pivot, !has_top_k, shared, exchange);
-    Sum found = {0, 0};
-    for_each_message(counts, [&](const Message& message) {
-      found.count += static_cast<int>(message.first);
-      found.weight += message.second;
-    });
+    const Sum found = total_of(counts);
     if (found.count <= kCapacity) {
       collect(row, shared, counts);
       const Gathered tokens = {shared, found.count};
       const uint32 key = filter(tokens, filters, pivot - 1, highest.key, found.weight);
       if (key >= pivot) return {value_of(key), found.count};  // else they are too few or too light
     }
-    if (has_top_k || num_tokens == kManyTokens) {
+    if (has_top_k || num_tokens == kManyTokens || found.count > kCapacity) {
       const WholeRow tokens = {row, shared, exchange};
       return {value_of(filter(tokens, filters, kLowestKey - 1, highest.key, found.weight)), 0};
     }
@@ -478,7 +478,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       cluster_wait();
     } else {
       // The highest logit is always kept.
-      if (threadIdx.x < kWarpSize) {
+      if (threadIdx.x < kWarpSize) {  // the same for all threads, so one warp does
         shared.to_beat = gumbel(random.words_of(token).words[token % 4]);
       }
       __syncthreads();

@@ -21,6 +21,7 @@ from cupy_kernels.errors import (
     NoGpuError,
 )
 from cupy_kernels.launch import Kernel, Launch
+from cupy_kernels.sample import cluster_size
 from cupy_kernels.tensors import address
 
 
@@ -99,6 +100,46 @@ def test_the_driver_gets_the_newest_sizes(driver: FakeDriver) -> None:
         (10, 8, 3 << 41, -1),
         (4, 8, 6, 20),
     ]
+
+
+HOPPER = Kernel("tiny", 0, KERNEL.params_dtype, is_hopper=True, module=None)
+
+
+def attributes_of(packed: Launch) -> list[tuple[int, list[int]]]:
+    """Id and first three values of the attributes that the driver would read."""
+    config = packed._config
+    return [
+        (config.attributes[i].id, list(config.attributes[i].value)[:3])
+        for i in range(config.num_attributes)
+    ]
+
+
+def test_a_cluster_is_one_attribute_more() -> None:
+    """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is 6, _CLUSTER_DIMENSION 4."""
+    first, other = (Launch(HOPPER, 1, 32, {"out": 1, "n": 2}) for _ in range(2))
+    overlap = (6, [1, 0, 0])
+    assert attributes_of(first) == [overlap]
+    assert attributes_of(first.resize(16, cluster_size=8)) == [overlap, (4, [8, 1, 1])]
+    assert attributes_of(other.resize_as(first)) == [overlap, (4, [8, 1, 1])]
+    assert attributes_of(first.resize(16)) == [overlap]
+    assert ctypes.sizeof(launch._Attribute) == 72
+    assert attributes_of(Launch(KERNEL, 1, 32, {"out": 1, "n": 2})) == []
+
+
+def test_a_cluster_must_divide_the_grid_and_needs_hopper() -> None:
+    with pytest.raises(AssertionError, match="12, 8"):
+        Launch(HOPPER, 1, 32, {"out": 1, "n": 2}).resize(12, cluster_size=8)
+    with pytest.raises(AssertionError, match="tiny"):
+        Launch(KERNEL, 1, 32, {"out": 1, "n": 2}).resize(8, cluster_size=8)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "expected"),
+    [(1, 8), (16, 8), (17, 4), (33, 4), (34, 2), (66, 2), (132, 2), (133, 1), (512, 1)],
+)
+def test_rows_share_the_sms_among_them(num_rows: int, expected: int) -> None:
+    assert cluster_size(num_rows, 132) == expected
+    assert cluster_size(num_rows, 0) == 1
 
 
 def test_launches_of_one_kernel_take_each_others_sizes_and_nothing_else(driver: FakeDriver) -> None:

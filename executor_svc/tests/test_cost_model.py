@@ -10,7 +10,13 @@ import pytest
 
 from blockyard.executor.v1 import executor_pb2 as pb
 from executor_svc.backends.checking.runner import fake_info
-from executor_svc.cost_model import MIN_STEPS, WINDOW_STEPS, StepSamples
+from executor_svc.cost_model import (
+    MIN_STEPS,
+    WINDOW_STEPS,
+    StepSamples,
+    predict_ns,
+    step_features,
+)
 from executor_svc.plan import Plan, decode
 from executor_svc.runner import StepBatch
 
@@ -88,6 +94,38 @@ def test_the_price_of_pairs_is_found() -> None:
     model = samples.fit()
     assert model.pair_ns == pytest.approx(pair_ns, rel=0.01)
     assert model.token_ns == pytest.approx(TOKEN_NS, rel=0.02)
+
+
+def test_prompts_of_one_length_do_not_tell_the_price_of_pairs() -> None:
+    """Then the last one counts, and what it explains is not blamed on anything else."""
+    pair_ns = 3.0
+
+    def prefill(tokens: int, before: int) -> tuple[Plan, StepBatch, int]:
+        plan, batch, step_ns = step(tokens, tokens + before)
+        num_pairs = tokens * before + tokens * (tokens + 1) // 2
+        return plan, batch, int(step_ns + pair_ns * num_pairs)
+
+    def error(model: pb.CostModel, tokens: int) -> float:
+        plan, batch, true_ns = prefill(tokens, 0)
+        predicted_ns = predict_ns(model, np.array([step_features(INFO, plan, batch)]))[0]
+        return abs(float(predicted_ns) / true_ns - 1)
+
+    def window(samples: StepSamples, lengths: list[int], cached: list[int]) -> pb.CostModel:
+        rng = random.Random(6)
+        for _ in range(WINDOW_STEPS):
+            samples.add(*prefill(rng.choice([1, *lengths]), rng.choice(cached)))
+        return samples.fit()
+
+    fresh = window(StepSamples(INFO), [1024], [0])
+    assert fresh.pair_ns == 0
+    assert error(fresh, 1024) < 0.01
+    samples = StepSamples(INFO)
+    known = window(samples, [500, 2000, 8000], [0, 1000, 4000])
+    assert known.pair_ns == pytest.approx(pair_ns, rel=0.01)
+    later = window(samples, [1024], [0])
+    assert later.pair_ns == known.pair_ns
+    assert error(later, 1024) < 0.01
+    assert error(later, 8000) < 0.02 < error(fresh, 8000)
 
 
 def test_equal_steps_tell_no_price() -> None:

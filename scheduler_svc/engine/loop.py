@@ -149,16 +149,7 @@ class Engine:
         """Take the executor's newest prices."""
         if self.scheduler is not None:
             self._log.cost_model(cost_model)
-            self.scheduler.set_cost_model(
-                CostModel(
-                    cost_model.step_ns,
-                    cost_model.token_ns,
-                    cost_model.kv_bytes_per_s,
-                    cost_model.swap_bytes_per_s,
-                    cost_model.free_tokens,
-                    cost_model.pair_ns,
-                )
-            )
+            self.scheduler.set_cost_model(CostModel.of(cost_model))
 
     def on_state(self, state: LinkState, message: str) -> None:
         """Tell the supervisor, and go on if the executor is there."""

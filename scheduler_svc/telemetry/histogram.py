@@ -5,7 +5,11 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+import numpy as np
+
+_MOST_LATER: Final = 512
 
 
 class Exemplar(NamedTuple):
@@ -19,29 +23,56 @@ class Exemplar(NamedTuple):
 class Histogram:
     """Observations by bucket: of the values above the bound before, up to and with the own one."""
 
-    __slots__ = ("bounds", "counts", "exemplars", "sum")
+    __slots__ = ("_counts", "_later", "_sum", "bounds", "exemplars")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         """Start empty; `bounds` ascend, and one more bucket is beyond the last."""
         self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.sum = 0.0
+        self._counts = [0] * (len(self.bounds) + 1)
+        self._sum = 0.0
+        self._later: list[float] = []  # observed, not counted yet
         self.exemplars: dict[int, Exemplar] = {}
         """The newest of each bucket that has one."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Observations in each bucket [len(bounds) + 1]."""
+        self._count_later()
+        return self._counts
+
+    @property
+    def sum(self) -> float:
+        """Of all values."""
+        self._count_later()
+        return self._sum
 
     def observe(self, value: float, trace_id: bytes = b"") -> int:
         """Count a value; `trace_id` is that of a sampled request, or empty. Returns its bucket."""
         bucket = bisect_left(self.bounds, value)
-        self.counts[bucket] += 1
-        self.sum += value
+        self._counts[bucket] += 1
+        self._sum += value
         if trace_id:
             self.exemplars[bucket] = Exemplar(value, trace_id, time.time())
         return bucket
 
     def observe_times(self, value: float, count: int) -> None:
         """Count the same value so many times."""
-        self.counts[bisect_left(self.bounds, value)] += count
-        self.sum += value * count
+        self._counts[bisect_left(self.bounds, value)] += count
+        self._sum += value * count
+
+    def observe_later(self, value: float) -> None:
+        """Count a value when somebody looks, or many wait: a third of the time of `observe`."""
+        self._later.append(value)
+        if len(self._later) >= _MOST_LATER:
+            self._count_later()
+
+    def _count_later(self) -> None:
+        if self._later:
+            buckets = np.searchsorted(self.bounds, self._later)
+            counts = np.bincount(buckets, minlength=len(self._counts))
+            self._sum += sum(self._later)
+            self._counts = [a + b for a, b in zip(self._counts, counts.tolist(), strict=True)]
+            self._later.clear()
 
     def add(
         self, counts: Sequence[int], total: float, exemplars: dict[int, Exemplar] | None = None
@@ -50,12 +81,13 @@ class Histogram:
 
         Raises ValueError if it cannot have the same bounds.
         """
-        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
-        self.sum += total
+        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
+        self._sum += total
         self.exemplars.update(exemplars or {})
 
     def clear(self) -> None:
         """Start again."""
-        self.counts = [0] * len(self.counts)
-        self.sum = 0.0
+        self._counts = [0] * len(self._counts)
+        self._sum = 0.0
+        self._later.clear()
         self.exemplars.clear()

@@ -92,8 +92,8 @@ def test_many_pairs_make_recomputing_dear() -> None:
 
 
 def test_a_prompt_costs_its_tokens_and_their_pairs() -> None:
-    """Three tokens behind ten attend to 11, 12 and 13."""
-    assert CostModel(5.0, 2.0, pair_ns=1.0).prefill_time_ns(3, 10) == pytest.approx(11.0 + 36.0)
+    """The first attends to itself, the third to three."""
+    assert CostModel(5.0, 2.0, pair_ns=1.0).prefill_time_ns(3) == pytest.approx(11.0 + 6.0)
 
 
 @pytest.mark.parametrize("swap_bytes_per_s", [0.0, 1e12])

@@ -61,10 +61,12 @@ def test_an_unknown_name_lists_the_presets() -> None:
 
 def test_a_profile_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps(FIELDS))
+    more = {"pair_ns": 2.5, "free_tokens": 64, "round_trip_ns": 7.0}
+    path.write_text(json.dumps(FIELDS | more))
     profile = load_profile(str(path))
     assert (profile.name, profile.kv_bytes_per_token) == ("mine", 100)
-    assert profile.cost.step_ns == 1e6
+    assert profile.cost == CostModel(1e6, 1000, 1e9, 1e9, free_tokens=64, pair_ns=2.5)
+    assert profile.round_trip_ns == 7.0
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,16 @@ def test_prefills_are_charged_for_their_pairs() -> None:
     both = StepPlan(1, 1, rows=rows, num_decode_rows=1, num_scheduled_tokens=[3])
     gpu.send(both, contexts(1000, 8), now_ns=0)
     assert gpu.next_end_ns == 2100
+
+
+def test_a_round_trip_is_hidden_behind_the_step_before() -> None:
+    cost = CostModel(step_ns=1000.0)
+    gpu = SimulatedDevice(DeviceProfile("far", cost, 1, round_trip_ns=300.0), BLOCK_BYTES)
+    gpu.send(plan(1), contexts(0, 0), now_ns=0)
+    assert gpu.next_end_ns == 1300
+    gpu.send(plan(2), contexts(0, 0), now_ns=10)
+    gpu.take_result()
+    assert gpu.next_end_ns == 2300
 
 
 def test_no_step_is_over_at_once() -> None:

@@ -48,3 +48,21 @@ def test_increases_add_up_and_the_newest_exemplar_stays() -> None:
 def test_bounds_ascend(name: str) -> None:
     bounds = getattr(buckets, name)
     assert list(bounds) == sorted(set(bounds))
+
+
+def test_values_counted_later_are_counted_alike() -> None:
+    """On a bound, between two, beyond all; whenever somebody looks, and if nobody ever does."""
+    now, later = Histogram([1, 2, 5]), Histogram([1, 2, 5])
+    values = [0.5, 1, 1.5, 2, 2, 4, 5, 9, -1] * 300
+    for number, value in enumerate(values, start=1):
+        now.observe(value)
+        later.observe_later(value)
+        if number % 700 == 0:
+            assert (later.counts, later.sum) == (now.counts, now.sum)
+    assert len(later._later) < 600
+    later.observe(3)
+    now.observe(3)
+    assert (later.counts, later.sum) == (now.counts, now.sum)
+    later.observe_later(3)
+    later.clear()
+    assert (sum(later.counts), later.sum) == (0, 0)
