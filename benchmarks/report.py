@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import pathlib
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -87,15 +88,15 @@ def write(name: str, results: Mapping[str, Any], targets: Sequence[Target]) -> p
     """Write results/NAME.json, as `document` has it; returns its path."""
     RESULTS_DIR.mkdir(exist_ok=True)
     path = RESULTS_DIR / f"{name}.json"
-    text = json.dumps(document(name, results, targets), indent=1)
+    text = json.dumps(document(name, results, targets), indent=1, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
     print(f"\nwritten: {path.relative_to(ROOT)}", flush=True)
     return path
 
 
 def document(name: str, results: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Any]:
-    """JSON values: the results with machine, versions, command and targets."""
-    return {
+    """JSON values: the results with machine, versions, command and targets; null for no number."""
+    found = {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join([pathlib.Path(sys.executable).name, *_command()]),
@@ -105,6 +106,15 @@ def document(name: str, results: Mapping[str, Any], targets: Sequence[Target]) -
         "targets": [{**asdict(target), "is_met": target.is_met} for target in targets],
         "results": results,
     }
+    return cast("dict[str, Any]", _finite(found))
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _command() -> list[str]:

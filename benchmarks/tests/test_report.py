@@ -36,6 +36,13 @@ def test_nothing_measured_is_an_error() -> None:
         report.percentiles([])
 
 
+def test_what_is_no_number_is_null() -> None:
+    document = report.document("none", {"a": [1.5, math.nan]}, [Target("t", math.inf, "<=", 1)])
+    assert document["results"] == {"a": [1.5, None]}
+    assert document["targets"][0]["value"] is None
+    json.dumps(document, allow_nan=False)
+
+
 def test_written_results_say_where_they_come_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
