@@ -14,7 +14,9 @@
 // they still are, or are too many to fit, bisection reads the whole row again for each bit. Who
 // sums what depends on the size of the cluster, and the order in which tokens are gathered is left
 // to chance, so weights are summed as integers: a row's token depends neither on its batch nor on
-// luck.
+// luck. (Gathered tokens are rounded one by one, those of the whole row by eight: where a batch
+// decides which of both is searched, a limit of top-p that falls between the two sums, some 1e-7 of
+// the weight apart, can keep one token more or less.)
 
 #include "device.cuh"
 #include "element.cuh"
@@ -49,8 +51,8 @@ constexpr int kCapacity = 2560;  // gathered tokens of a row
 // second one.
 constexpr float kFewTokens = 350, kManyTokens = 1900;
 constexpr uint32 kNearKeys = 4912;  // as many as a search finds its way through in three rounds
-constexpr int kUnitBits = 40;   // the weight of a row is counted in units of 2^-40,
-constexpr int kTokenBits = 32;  // that of a token in units of 2^-32
+constexpr int kUnitBits = 40;      // weights are counted in units of 2^-40,
+constexpr int kGatheredBits = 32;  // those of single tokens in units of 2^-32
 constexpr float kMaxGumbel = 23.f;  // -log(-log(u)) of the greatest u is less
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -99,17 +101,14 @@ struct Sum {
   }
 };
 
-__device__ __forceinline__ Sum total_of(const Message* messages) {
+__device__ __forceinline__ Sum cluster_sum(const Sum& sum, Exchange& exchange) {
+  const Message* messages = exchange.all({static_cast<uint64>(sum.count), sum.weight});
   Sum total = {0, 0};
   for_each_message(messages, [&](const Message& message) {
     total.count += static_cast<int>(message.first);
     total.weight += message.second;
   });
   return total;
-}
-
-__device__ __forceinline__ Sum cluster_sum(const Sum& sum, Exchange& exchange) {
-  return total_of(exchange.all({static_cast<uint64>(sum.count), sum.weight}));
 }
 
 // How far a logit lies below the highest, in units of the temperature: 0 or less. Scores count from
@@ -119,27 +118,27 @@ __device__ __forceinline__ float score_of(const Row& row, float value) {
   return (value - row.highest) / row.temperature;
 }
 
-// The score in base 2, by a product instead of the quotient.
-__device__ __forceinline__ float score_log2(const Row& row, float value) {
-  return (value - row.highest) * row.scale_log2;
-}
-
+// exp(score), by a product instead of the quotient.
 __device__ __forceinline__ float weight_of(const Row& row, float value) {
-  return exp2_approx(score_log2(row, value));
+  return exp2_approx((value - row.highest) * row.scale_log2);
 }
 
-// The weight of a vector's tokens. What lies behind the vocabulary is the lowest finite number and
-// weighs nothing, but for a row that has no higher one.
-__device__ __forceinline__ uint64 weight_of_vector(const Row& row, const Vector16& vector) {
-  float weight = 0;
-#pragma unroll
-  for (int i = 0; i < kVector; i++) weight += weight_of(row, value_at(vector, i));
+__device__ __forceinline__ uint64 units_of(float weight) {
   return __float2ull_rn(weight * static_cast<float>(uint64{1} << kUnitBits));
 }
 
-// The weight of one token; that of the highest is rounded down.
-__device__ __forceinline__ uint32 weight_of_token(const Row& row, float value) {
-  return __float2uint_rn(weight_of(row, value) * static_cast<float>(uint64{1} << kTokenBits));
+// The weight of a vector's tokens, or of those with values from `least` on. What lies behind the
+// vocabulary is the lowest finite number and weighs nothing, but for a row that has no higher one.
+template <bool has_least>
+__device__ __forceinline__ uint64 weight_of_vector(const Row& row, const Vector16& vector,
+                                                   float least) {
+  float weight = 0;
+#pragma unroll
+  for (int i = 0; i < kVector; i++) {
+    const float value = value_at(vector, i);
+    if (!has_least || value >= least) weight += weight_of(row, value);
+  }
+  return units_of(weight);
 }
 
 // The tokens of the whole row. `above`: how many have a key from `pivot` on, and their weight.
@@ -170,16 +169,13 @@ struct WholeRow {
       if (highest_of(vector) < least) return;
 #pragma unroll
       for (int i = 0; i < kVector; i++) {
-        const float value = value_at(vector, i);
-        if (value < least || id + i >= row.vocab_size) continue;
-        count++;
-        weight += weight_of_token(row, value);
+        count += value_at(vector, i) >= least && id + i < row.vocab_size;
       }
+      weight += weight_of_vector<true>(row, vector, least);
     });
     uint32 sums[3] = {count, 0, 0};
     block_sums(sums, shared.warps);
-    const uint64 total = block_sum(weight, shared.warps) << (kUnitBits - kTokenBits);
-    return cluster_sum({static_cast<int>(sums[0]), total}, exchange);
+    return cluster_sum({static_cast<int>(sums[0]), block_sum(weight, shared.warps)}, exchange);
   }
 };
 
@@ -207,7 +203,7 @@ struct Gathered {
     weight = (uint64{__reduce_add_sync(kFullWarp, high)} << kPartBits) +
              __reduce_add_sync(kFullWarp, low);
     return {static_cast<int>(__reduce_add_sync(kFullWarp, count)),
-            weight << (kUnitBits - kTokenBits)};
+            weight << (kUnitBits - kGatheredBits)};
   }
 };
 
@@ -223,7 +219,7 @@ __device__ const Message* gather(const Row& row, uint32 pivot, bool has_total, S
   const float least = value_of(pivot);
   uint64 total = 0;
   for_each_vector<4>(row, [&](int id, const Vector16& vector) {
-    if (has_total) total += weight_of_vector(row, vector);
+    if (has_total) total += weight_of_vector<false>(row, vector, 0);
     if (highest_of(vector) < least) return;
     uint32 hits = 0;
 #pragma unroll
@@ -255,9 +251,11 @@ __device__ void collect(const Row& row, Shared& shared, const Message* counts) {
   const int* ids = in_block(shared.ids, rank);
   for (int i = threadIdx.x % threads; i < count; i += threads) {
     const uint32 key = keys[i];
+    const float weight = weight_of(row, value_of(key));
     shared.all_keys[place + i] = static_cast<unsigned short>(key);
     shared.all_ids[place + i] = ids[i];
-    shared.all_weights[place + i] = weight_of_token(row, value_of(key));
+    shared.all_weights[place + i] =
+        __float2uint_rn(weight * static_cast<float>(uint64{1} << kGatheredBits));  // saturates
   }
   __syncthreads();
 }
@@ -312,6 +310,11 @@ __device__ uint64 draw_gathered(const Row& row, const Random& random, float leas
     best = max(best, contender(score_of(row, value) + noise, id));
   }
   return best;
+}
+
+// The score in base 2, by a product instead of the quotient.
+__device__ __forceinline__ float score_log2(const Row& row, float value) {
+  return (value - row.highest) * row.scale_log2;
 }
 
 // A total that some token from `least` on reaches, in base 2, or `to_beat`: of four tokens of each
@@ -420,14 +423,18 @@ __device__ __forceinline__ Kept keep(const Row& row, const Highest& highest,
       pivot = min(pivot, static_cast<uint32>(message.first));
     });
     const Message* counts = gather(row, pivot, !has_top_k, shared, exchange);
-    const Sum found = total_of(counts);
+    Sum found = {0, 0};
+    for_each_message(counts, [&](const Message& message) {
+      found.count += static_cast<int>(message.first);
+      found.weight += message.second;
+    });
     if (found.count <= kCapacity) {
       collect(row, shared, counts);
       const Gathered tokens = {shared, found.count};
       const uint32 key = filter(tokens, filters, pivot - 1, highest.key, found.weight);
       if (key >= pivot) return {value_of(key), found.count};  // else they are too few or too light
     }
-    if (has_top_k || num_tokens == kManyTokens || found.count > kCapacity) {
+    if (has_top_k || num_tokens == kManyTokens) {
       const WholeRow tokens = {row, shared, exchange};
       return {value_of(filter(tokens, filters, kLowestKey - 1, highest.key, found.weight)), 0};
     }

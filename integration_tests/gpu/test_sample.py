@@ -272,26 +272,12 @@ def test_a_token_depends_on_its_own_row_only(device: Device, chosen: dict[str, A
         assert few.tokens(device) == tokens[:num_rows]
 
 
-# About as many tokens as fit shared memory, so that they do in some batches only; or far more.
-MANY: list[dict[str, Any]] = [
-    {"top_p": 0.5},
-    {"top_p": 0.97},
-    {"top_p": 0.12},
-    {"top_k": 500, "top_p": 0.9},
-    {"top_k": 1000, "top_p": 0.9},
-    {"top_k": 1900, "top_p": 0.9},
-    {"top_k": 2500},
-]
-
-
-@pytest.mark.parametrize("chosen", MANY, ids=str)
-def test_a_flat_row_does_not_depend_on_its_batch_either(
-    device: Device, chosen: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("top_p", [0.5, 0.97])
+def test_a_flat_row_does_not_depend_on_its_batch_either(device: Device, top_p: float) -> None:
     logits = random_logits(1, 49152, 0.5).repeat(140, 1)
-    tokens = Draw(logits, 49152, **chosen).tokens(device)
+    tokens = Draw(logits, 49152, top_p=top_p).tokens(device)
     for num_rows in (1, 20, 40):
-        assert Draw(logits[:num_rows], 49152, **chosen).tokens(device) == tokens[:num_rows]
+        assert Draw(logits[:num_rows], 49152, top_p=top_p).tokens(device) == tokens[:num_rows]
 
 
 def test_tokens_come_as_often_as_they_should(device: Device) -> None:
